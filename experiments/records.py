@@ -1,0 +1,113 @@
+"""The record of a finished trial, as `result.json` holds it, and what is kept of a failed one."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Stage(_Model):
+    """One stage of a trial: seconds, and peak memory in bytes of the process and of the GPU (None without one)."""
+
+    seconds: float
+    peak_memory_bytes: int | None
+    peak_gpu_memory_bytes: int | None
+
+
+class Layer(_Model):
+    """One quantized linear of a decoder block."""
+
+    name: str
+    shared_input: list[str]
+    bits_per_weight: float
+    weights: int
+
+
+class Block(_Model):
+    """One decoder block: mean squared output error against the original block, and relative to its output power."""
+
+    index: int
+    name: str
+    mse: float
+    relative_mse: float
+    seconds: float
+    layers: list[Layer]
+
+
+class Metrics(_Model):
+    """Quality against the original model; `kl` in nats; `top1` a share; `bits_per_weight` 16 or 32 when unquantized."""
+
+    perplexity: float
+    perplexity_original: float
+    kl: float
+    top1: float
+    bits_per_weight: float
+
+
+class Data(_Model):
+    """The texts used: SHA-256 of their bytes and of the token ids of the windows cut from them, and tokens."""
+
+    text_sha256: str
+    ids_sha256: str
+    tokens: int
+
+
+class Record(_Model):
+    """A finished trial. `choices`: the option of each config group, as the user named it."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    trial_id: str
+    status: Literal["done"] = "done"
+    choices: dict[str, str]
+    config: dict[str, Any]
+    metrics: Metrics
+    blocks: list[Block]
+    skipped: dict[str, str]
+    stages: dict[str, Stage]
+    data: dict[str, Data]
+    seed: int
+    warnings: list[str]
+    versions: dict[str, str]
+    git_commit: str | None
+    host: str
+    device: str
+    started_at: datetime
+    finished_at: datetime
+
+
+class Failure(_Model):
+    """Why a trial's last attempt failed, in one line; the traceback is in its log."""
+
+    trial_id: str
+    reason: str
+    kind: str
+    host: str
+    failed_at: datetime
+
+
+def now() -> datetime:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trial of a sweep as it stands: its record when done, its failure when failed.
+
+    `name`: one line that tells it from the sweep's other trials. `labels`: group choices, and any other key whose
+    value differs within the sweep. `earlier`: it was already done when the sweep began.
+    """
+
+    trial_id: str
+    name: str
+    labels: dict[str, str]
+    record: Record | None = None
+    failure: Failure | None = None
+    earlier: bool = False

@@ -1,0 +1,209 @@
+"""The typed schema of a trial's config: every key, its type and its valid values. No torch, no Hydra.
+
+Hydra composes plain YAML; `validate` checks the result and raises one `ConfigError` that lists every problem.
+To add an option of a group, add a class here that lists its keys, and its name to the group's union.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(ValueError):
+    """The config cannot be run; the message lists every problem with its key and remedy."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class _Built(_Strict):
+    """A node built by `hydra.utils.instantiate`."""
+
+    target: str = Field(alias="_target_")
+
+
+# --- model
+
+
+class Pretrained(_Built):
+    target: Literal["wush.models.load_pretrained"] = Field(alias="_target_")
+    path: str
+    revision: str | None
+    dtype: Dtype
+
+
+class PackagedGguf(_Built):
+    target: Literal["wush.models.load_packaged_gguf"] = Field(alias="_target_")
+    package: str
+    file: str
+    dtype: Dtype
+
+
+class RandomModel(_Built):
+    target: Literal["wush.models.load_random"] = Field(alias="_target_")
+    architecture: Literal["llama", "qwen3"]
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    seed: NonNegativeInt
+    dtype: Dtype
+
+
+Model = Annotated[Pretrained | PackagedGguf | RandomModel, Field(discriminator="target")]
+
+
+# --- format
+
+
+class Mxfp4(_Built):
+    target: Literal["wush.Mxfp4"] = Field(alias="_target_")
+    scale_rule: Literal["paper", "ocp"]
+
+
+class Nvfp4(_Built):
+    target: Literal["wush.Nvfp4"] = Field(alias="_target_")
+    scale_rule: Literal["fixed", "calibrated"]
+
+
+class Int4(_Built):
+    target: Literal["wush.Int4"] = Field(alias="_target_")
+    scale_rule: Literal["rms", "absmax"]
+
+
+class Mxfp8(_Built):
+    target: Literal["wush.Mxfp8"] = Field(alias="_target_")
+    scale_rule: Literal["ocp"]
+
+
+class Unquantized(_Built):
+    target: Literal["wush.Unquantized"] = Field(alias="_target_")
+
+
+Format = Annotated[Mxfp4 | Nvfp4 | Int4 | Mxfp8 | Unquantized, Field(discriminator="target")]
+
+
+# --- transform
+
+
+class FixedTransform(_Built):
+    target: Literal["wush.Identity", "wush.Hadamard"] = Field(alias="_target_")
+
+
+class RandomRotation(_Built):
+    target: Literal["wush.RandomRotation"] = Field(alias="_target_")
+    seed: NonNegativeInt
+
+
+class AdaptiveTransform(_Built):
+    target: Literal["wush.Wus", "wush.Wush"] = Field(alias="_target_")
+    refit: bool
+
+
+Transform = Annotated[FixedTransform | RandomRotation | AdaptiveTransform, Field(discriminator="target")]
+
+
+# --- algorithm
+
+
+class Algorithm(_Built):
+    target: Literal["wush.Rtn", "wush.Gptq"] = Field(alias="_target_")
+
+
+# --- calibration and evaluation
+
+
+class _Windows(_Built):
+    windows: PositiveInt | None
+    window_length: int = Field(ge=2)
+    batch_size: PositiveInt
+    seed: NonNegativeInt | None
+
+
+class EmbeddedText(_Windows):
+    target: Literal["wush.texts.EmbeddedText"] = Field(alias="_target_")
+    part: Literal["calibration", "evaluation"]
+
+
+class TextFile(_Windows):
+    target: Literal["wush.texts.TextFile"] = Field(alias="_target_")
+    path: str = Field(min_length=1)
+
+
+Texts = Annotated[EmbeddedText | TextFile, Field(discriminator="target")]
+
+
+# --- tracking
+
+
+class NoTracking(_Built):
+    target: Literal["experiments.tracking.NoTracking"] = Field(alias="_target_")
+
+
+class Wandb(_Built):
+    target: Literal["experiments.tracking.WandbTracking"] = Field(alias="_target_")
+    project: str
+    entity: str | None
+    mode: Literal["auto", "online", "offline"]
+
+
+Tracking = Annotated[NoTracking | Wandb, Field(discriminator="target")]
+
+
+# --- the whole
+
+
+class Quantize(_Strict):
+    exclude: list[str]
+
+
+class TrialConfig(_Strict):
+    """One trial. The keys from `device` on say how and where it runs, and cannot change its result."""
+
+    model: Model
+    format: Format
+    transform: Transform
+    algorithm: Algorithm
+    calibration: Texts
+    evaluation: Texts
+    quantize: Quantize
+    seed: NonNegativeInt
+    tracking: Tracking
+    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    progress: Literal["auto", "bars", "lines", "none"]
+    results: str = Field(min_length=1)
+    sweep: str | None = Field(pattern=r"^[\w.+=,@-]{1,120}$")
+
+
+def validate(config: dict[str, Any]) -> TrialConfig:
+    """The typed config; raises `ConfigError` that lists every wrong key with its valid values."""
+    try:
+        return TrialConfig.model_validate(config)
+    except ValidationError as error:
+        problems = [_explain(problem, config) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from error
+
+
+def _explain(problem: Any, config: dict[str, Any]) -> str:
+    # Discriminator values stand in the location of a union's member; they are no keys of the user's.
+    path = [str(part) for part in problem["loc"] if "." not in str(part)]
+    key = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        siblings = _select(config, path[:-1])
+        known = sorted(name for name in siblings if name != path[-1])
+        return f"{key}: unknown key; {'.'.join(path[:-1]) or 'the config'} has: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing"
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}._target_: {problem['ctx']['tag']!r} is not one of: {problem['ctx']['expected_tags']}"
+    return f"{key}={_select(config, path)}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _select(config: Any, path: list[str]) -> Any:
+    for part in path:
+        config = config[int(part)] if isinstance(config, list) else config[part]
+    return config

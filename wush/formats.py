@@ -1,0 +1,252 @@
+"""Number formats: groups of elements along the last dimension that share a scale (method: number formats).
+
+A value is `element * scale * global_scale`. Shape legend: `I` columns, `N` groups, `G` group size, `N * G = I`.
+To add a format, subclass `Format`: name its element and its scale type, and say how a group's scale is found.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from wush.elements import E2M1, E2M1_MAX, E4M3, E4M3_MAX, INT4_MIDPOINT, INT4_SYMMETRIC, Element
+from wush.errors import NumericError
+
+# The clip, in standard deviations, that minimizes the 4-bit squared error of a Gaussian.
+GAUSSIAN_CLIP_4BIT = 2.513930578568423
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes `(..., I)` uint8, one an element; scales `(..., N)` in the format's scale type; one global scale."""
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: float
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A number format: `quantize` and `dequantize` tensors `(..., I)`, `pack` and `unpack` their codes."""
+
+    name: ClassVar[str]
+    group_size: ClassVar[int]
+    scale_dtype: ClassVar[torch.dtype]
+
+    @property
+    @abstractmethod
+    def element(self) -> Element:
+        """The element type."""
+
+    @property
+    def global_scale(self) -> float:
+        """The factor `g` shared by every group of a tensor."""
+        return 1.0
+
+    def weight_global_scale(self, weight: Tensor) -> float:
+        """The factor `g` of one weight; the format's own unless the scale rule calibrates it."""
+        return self.global_scale
+
+    @abstractmethod
+    def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
+        """Scales `(..., N)` in `scale_dtype` of finite float32 groups `(..., N, G)` with largest magnitudes `amax_n`."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage of one weight in bits, its share of the group's scale included."""
+        return self.element.bits + 8 * self.scale_dtype.itemsize / self.group_size
+
+    def groups(self, x: Tensor, what: str = "tensor") -> Tensor:
+        """Cut `(..., I)` into float32 groups `(..., N, G)`; raises `ValueError` unless G divides I."""
+        check_groups(x.shape[-1], self, what)
+        return x.float().unflatten(-1, (-1, self.group_size))
+
+    def find_scales(self, x: Tensor, what: str = "tensor", global_scale: float | None = None) -> Tensor:
+        """Scales `(..., N)` of `(..., I)`; raises `NumericError` that names `what` for NaN or infinity."""
+        x_ng = self.groups(x, what)
+        amax_n = x_ng.abs().amax(-1)
+        if not amax_n.isfinite().all():
+            raise NumericError(f"{what}: NaN or infinity in the values to quantize to {self.name}")
+        return self.group_scales(x_ng, amax_n, self.global_scale if global_scale is None else global_scale)
+
+    def snap(self, x_ng: Tensor, scales: Tensor, global_scale: float) -> Tensor:
+        """Nearest elements, float32, of groups `(..., N, G)` with scales `(..., N)`: of `x / g / s`, 0 where s = 0."""
+        scales = scales.float().unsqueeze(-1)
+        units = x_ng * (1 / global_scale)
+        return self.element.snap(units.div_(scales.masked_fill(scales == 0, torch.inf)))
+
+    def expand(self, elements_ng: Tensor, scales: Tensor, global_scale: float) -> Tensor:
+        """Values `(..., N, G)` of elements: `element * s * g`, float32."""
+        return elements_ng * (scales.float() * global_scale).unsqueeze(-1)
+
+    def quantize(self, x: Tensor, what: str = "tensor", global_scale: float | None = None) -> Quantized:
+        """Round `(..., I)` to nearest. Errors (`NumericError`, `ValueError`) name `what`."""
+        g = self.global_scale if global_scale is None else global_scale
+        scales = self.find_scales(x, what, g)
+        elements = self.snap(self.groups(x, what), scales, g)
+        return Quantized(self.element.to_codes(elements).flatten(-2), scales, g)
+
+    def dequantize(self, quantized: Quantized) -> Tensor:
+        """Float32 values `(..., I)`."""
+        elements = self.groups(self.element.from_codes(quantized.codes))
+        return self.expand(elements, quantized.scales, quantized.global_scale).flatten(-2)
+
+    def round_trip(self, x: Tensor, what: str = "tensor") -> Tensor:
+        """`dequantize(quantize(x))` in float32, without making the codes."""
+        scales = self.find_scales(x, what)
+        elements = self.snap(self.groups(x, what), scales, self.global_scale)
+        return self.expand(elements, scales, self.global_scale).flatten(-2)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Codes `(..., I)` to bytes; 4-bit codes go two a byte, the lower index in the low nibble."""
+        if self.element.bits == 8:
+            return codes
+        return codes[..., 0::2] | codes[..., 1::2] << 4
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack`."""
+        if self.element.bits == 8:
+            return packed
+        return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+    @cached_property
+    def byte_values(self) -> Tensor:
+        """Elements in each byte value, `(256, codes a byte)` float32: packed weights decode by one look-up."""
+        every_byte = torch.arange(256, dtype=torch.uint8)
+        return self.element.from_codes(self.unpack(every_byte.unsqueeze(-1)))
+
+
+def check_groups(in_features: int, fmt: Format, what: str) -> None:
+    """Raise `ValueError` unless the format's group size divides `in_features`."""
+    if in_features % fmt.group_size:
+        raise ValueError(
+            f"{what}: in_features {in_features} is not a multiple of the group size {fmt.group_size} of {fmt.name}; "
+            "exclude it with quantize.exclude=[...] or choose a format with another group size"
+        )
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """`2^exponent` as E8M0; clamped so that every element and its quotient stay finite in float32."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-125, 124)).to(
+        torch.float8_e8m0fnu
+    )
+
+
+def _floor_log2(x: Tensor) -> Tensor:
+    """`floor(log2 x)` of non-negative float32, as int32; at most -127 for zero and subnormals."""
+    return (x.view(torch.int32) >> 23) - 127
+
+
+@dataclass(frozen=True)
+class Mxfp4(Format):
+    """OCP MXFP4. `scale_rule="paper"`: g = 1/3, nothing clips; `"ocp"`: g = 1, values in (6, 8) clip."""
+
+    scale_rule: Literal["paper", "ocp"] = "paper"
+    name: ClassVar[str] = "mxfp4"
+    group_size: ClassVar[int] = 32
+    scale_dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
+
+    def __post_init__(self) -> None:
+        _check_rule(self, ("paper", "ocp"))
+
+    @property
+    def element(self) -> Element:
+        return E2M1
+
+    @property
+    def global_scale(self) -> float:
+        return 1 / 3 if self.scale_rule == "paper" else 1.0
+
+    def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
+        exponent = _floor_log2(amax_n)
+        return _power_of_two(exponent if self.scale_rule == "paper" else exponent - 2)
+
+
+@dataclass(frozen=True)
+class Nvfp4(Format):
+    """NVIDIA NVFP4. `scale_rule="fixed"`: g = 0.1; `"calibrated"`: a weight's own g = amax / (6 * 448)."""
+
+    scale_rule: Literal["fixed", "calibrated"] = "fixed"
+    name: ClassVar[str] = "nvfp4"
+    group_size: ClassVar[int] = 16
+    scale_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+
+    def __post_init__(self) -> None:
+        _check_rule(self, ("fixed", "calibrated"))
+
+    @property
+    def element(self) -> Element:
+        return E2M1
+
+    @property
+    def global_scale(self) -> float:
+        return 0.1
+
+    def weight_global_scale(self, weight: Tensor) -> float:
+        amax = weight.abs().max().item()
+        return amax / (E2M1_MAX * E4M3_MAX) if self.scale_rule == "calibrated" and amax else self.global_scale
+
+    def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
+        scales = amax_n / (E2M1_MAX * global_scale)
+        return scales.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class Int4(Format):
+    """4-bit integers. `scale_rule="rms"`: the paper's, clipped for a Gaussian; `"absmax"`: s = amax / 7."""
+
+    scale_rule: Literal["rms", "absmax"] = "rms"
+    name: ClassVar[str] = "int4"
+    group_size: ClassVar[int] = 32
+    scale_dtype: ClassVar[torch.dtype] = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        _check_rule(self, ("rms", "absmax"))
+
+    @property
+    def element(self) -> Element:
+        return INT4_MIDPOINT if self.scale_rule == "rms" else INT4_SYMMETRIC
+
+    def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
+        if self.scale_rule == "absmax":
+            return (amax_n / 7).bfloat16()
+        rms = x_ng.double().square().mean(-1).sqrt()
+        return (2 * GAUSSIAN_CLIP_4BIT / 15 * rms).bfloat16()
+
+
+@dataclass(frozen=True)
+class Mxfp8(Format):
+    """OCP MXFP8 with E4M3 elements; `scale_rule="ocp"` is its only rule."""
+
+    scale_rule: Literal["ocp"] = "ocp"
+    name: ClassVar[str] = "mxfp8"
+    group_size: ClassVar[int] = 32
+    scale_dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
+
+    def __post_init__(self) -> None:
+        _check_rule(self, ("ocp",))
+
+    @property
+    def element(self) -> Element:
+        return E4M3
+
+    def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
+        return _power_of_two(_floor_log2(amax_n) - 8)
+
+
+def _check_rule(fmt: "Mxfp4 | Nvfp4 | Int4 | Mxfp8", rules: tuple[str, ...]) -> None:
+    if fmt.scale_rule not in rules:
+        raise ValueError(f"{fmt.name}: unknown scale_rule {fmt.scale_rule!r}; choose one of {', '.join(rules)}")
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """No format: the model stays as it is, the baseline of a comparison."""
+
+    name: ClassVar[str] = "bf16"
+
+
+MXFP4, NVFP4, INT4, MXFP8 = Mxfp4(), Nvfp4(), Int4(), Mxfp8()

@@ -1,0 +1,99 @@
+"""Second moments of weights and activations, their damping and factorizations (method: second moments).
+
+Shape legend: `O` output features, `I` input features, `N` blocks, `G` block size, `M` tokens.
+"""
+
+import logging
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from wush.errors import NumericError
+
+log = logging.getLogger(__name__)
+
+DAMPING = 0.01
+MAX_DOUBLINGS = 10
+
+
+class SecondMoment:
+    """`H = E[x x^T]` of the inputs of one or more linears, accumulated in float64 on the inputs' device."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input") -> None:
+        self.name = name
+        self.tokens = 0
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Accumulate inputs `(..., M, I)`: one float32 product a leading index, so that batching changes no bit."""
+        for x_mi in x.detach().reshape(-1, *x.shape[-2:]).float():
+            self._sum += x_mi.T @ x_mi
+            self.tokens += x_mi.shape[0]
+        self.__dict__.pop("matrix", None)
+        self.__dict__.pop("inverse_factor", None)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """`H`, `(I, I)` float64; raises `NumericError` when no token or a non-finite one was seen."""
+        if not self.tokens:
+            raise NumericError(f"{self.name}: no calibration token reached this input")
+        if not self._sum.isfinite().all():
+            raise NumericError(f"{self.name}: NaN or infinity in the calibration activations")
+        return self._sum / self.tokens
+
+    def diagonal_blocks(self, block_size: int) -> Tensor:
+        """`M_X`, the `(N, G, G)` diagonal blocks of `H`."""
+        return diagonal_blocks(self.matrix, block_size)
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """`C`, lower triangular with `C C^T = damp(H)^-1`, `(I, I)` float64."""
+        factor = damped_cholesky(self.matrix, self.name)[0]
+        return lower_factor_of_inverse(factor)
+
+
+def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
+    """The `(N, G, G)` blocks on the diagonal of an `(I, I)` matrix."""
+    tiles = matrix.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size))
+    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def weight_moments(weight_oi: Tensor, block_size: int) -> Tensor:
+    """`M_W,b = W_b^T W_b / O` for each column block, `(N, G, G)` float64."""
+    blocks_ngo = weight_oi.double().unflatten(1, (-1, block_size)).permute(1, 2, 0)
+    return blocks_ngo @ blocks_ngo.mT / weight_oi.shape[0]
+
+
+def damp(matrix: Tensor, rho: float | Tensor = DAMPING) -> Tensor:
+    """`M + rho * mean(diag M) * I` for one matrix or a batch `(..., G, G)`; `rho` may differ along the batch."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = (mean * rho)[..., None, None]
+    return matrix + ridge * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def damped_cholesky(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factors of `damp(M)` and `damp(M)` itself, for one matrix or a batch.
+
+    Where a factorization fails, its `rho` is doubled, with a warning that names `what`; after ten doublings a
+    `NumericError` is raised.
+    """
+    rho = torch.full(matrix.shape[:-2], DAMPING, dtype=matrix.dtype, device=matrix.device)
+    for _ in range(MAX_DOUBLINGS + 1):
+        damped = damp(matrix, rho)
+        factor, info = torch.linalg.cholesky_ex(damped)
+        failed = info != 0
+        if not failed.any():
+            return factor, damped
+        rho = torch.where(failed, 2 * rho, rho)
+        log.warning("%s: second moment not positive definite; damping raised to %.3g", what, rho.max().item())
+    raise NumericError(
+        f"{what}: second moment is not positive definite even with damping {rho.max().item() / 2:.3g} of its mean "
+        f"diagonal (a group of channels may be all zero); calibrate on more text or leave the layer out with "
+        "quantize.exclude=[...]"
+    )
+
+
+def lower_factor_of_inverse(factor: Tensor) -> Tensor:
+    """Lower `C` with `C C^T = (L L^T)^-1`, given the lower Cholesky factor `L`, for one matrix or a batch."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor))

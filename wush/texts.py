@@ -1,0 +1,102 @@
+"""Texts for calibration and evaluation, and their windows of tokens.
+
+A text is known by its content: its SHA-256 goes into a trial's identity and record. Torch is imported only to
+cut windows, so that texts can be read and checked before any heavy work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextWindows(ABC):
+    """A text and how windows of tokens are cut from it, `batch_size` of which are run at a time.
+
+    `windows` None takes all that the text holds; `seed` None spaces them evenly, else they are a random choice.
+    """
+
+    windows: int | None
+    window_length: int
+    batch_size: int
+    seed: int | None = None
+
+    @abstractmethod
+    def text(self) -> str:
+        """The text itself."""
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the text's UTF-8 bytes."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def cut(self, tokenizer: Any, what: str) -> Tensor:
+        """The windows, `(windows, window_length)` int64; raises `ValueError` naming `what` for too short a text."""
+        ids = tokenizer(self.text(), return_tensors="pt", verbose=False).input_ids[0]
+        return windows(ids, self.windows, self.window_length, what, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedText(TextWindows):
+    """One of two disjoint halves of Python's own topic documentation: its topics by name, alternating.
+
+    About 56,000 tokens of English technical prose each. The text differs between Python versions.
+    """
+
+    part: Literal["calibration", "evaluation"]
+
+    def text(self) -> str:
+        from pydoc_data.topics import topics
+
+        first = {"calibration": 0, "evaluation": 1}[self.part]
+        return "\n\n".join(topics[name] for name in sorted(topics)[first::2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFile(TextWindows):
+    """A UTF-8 text file."""
+
+    path: str
+
+    def text(self) -> str:
+        """The file's content; raises `ValueError` when it is missing, is no text or is empty."""
+        try:
+            content = Path(self.path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"text file {self.path!r}: {error}; give the path of a UTF-8 text file") from error
+        if not content.strip():
+            raise ValueError(f"text file {self.path!r} is empty; give the path of a UTF-8 text file")
+        return content
+
+
+def windows(ids: Tensor, count: int | None, length: int, what: str, seed: int | None = None) -> Tensor:
+    """`count` of the non-overlapping windows of `length` tokens in `ids`, `(count, length)` in text order.
+
+    None takes them all; with a seed the choice is random, else evenly spaced. Raises `ValueError`, with the
+    remedy, when the text has too few.
+    """
+    import torch
+
+    available = len(ids) // length
+    count = available if count is None else count
+    if available < max(count, 1):
+        raise ValueError(
+            f"the {what} text has {len(ids):,} tokens, {available} windows of {length}, but {max(count, 1)} are asked "
+            f"for; use a longer text, {what}.window_length={max(len(ids) // max(count, 1), 1)} or fewer {what}.windows"
+        )
+    every = ids[: available * length].view(available, length)
+    if seed is None:
+        return every[torch.arange(count) * available // count]
+    return every[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].sort().values]
+
+
+def sha256_of_ids(ids: Tensor) -> str:
+    """SHA-256 of the token ids as little-endian int64."""
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,221 @@
+"""The walk through a model: each decoder block is calibrated, quantized and left behind (method: a model)."""
+
+import fnmatch
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wush.algorithms import Algorithm
+from wush.decoder import BlockCalls, find_blocks, linear_inputs, linears, record_calls, run_block
+from wush.errors import NumericError, UnsupportedModelError
+from wush.formats import Format, check_groups
+from wush.linear import QuantLinear
+from wush.moments import SecondMoment
+from wush.progress import Progress, Silent
+from wush.transforms import Transform
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear: its name within the block, the linears it shared its input with, and its storage."""
+
+    name: str
+    shared_input: tuple[str, ...]
+    bits_per_weight: float
+    weights: int
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One decoder block: mean squared output error against the original block, absolute and relative."""
+
+    index: int
+    name: str
+    mse: float
+    relative_mse: float
+    seconds: float
+    layers: tuple[LayerReport, ...]
+
+
+@dataclass
+class QuantizationReport:
+    """What `quantize` did, block by block; `skipped` are linears left as they were, with the reason."""
+
+    blocks: list[BlockReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over all quantized weights: codes, scales and transforms counted."""
+        layers = [layer for block in self.blocks for layer in block.layers]
+        return sum(layer.bits_per_weight * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
+
+    def asdict(self) -> dict[str, Any]:
+        """Plain lists and dicts, ready for JSON."""
+        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
+
+
+@dataclass
+class _Group:
+    """Linears of a block that are fed by one tensor, and that tensor's second moment."""
+
+    names: list[str]
+    moment: SecondMoment
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    format: Format,
+    transform: Transform,
+    algorithm: Algorithm,
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+    on_block: Callable[[BlockReport], None] | None = None,
+) -> QuantizationReport:
+    """Replace the linears of every decoder block by `QuantLinear`s, in place, and report each block's error.
+
+    `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
+    as `*.down_proj`. `on_block` is called as each block is done. Raises `ValueError` for a layer that does not fit
+    the format, before any work; `UnsupportedModelError`; `NumericError` that names the layer.
+    """
+    progress = progress or Silent()
+    blocks_name, blocks = find_blocks(model)
+    report = QuantizationReport()
+    chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
+    _check_layers(blocks_name, blocks, chosen, format)
+    calls = _record_batches(model, blocks, batches, progress)
+    for index, block in progress.track(enumerate(blocks), "decoder blocks", len(blocks)):
+        started = time.perf_counter()
+        name = f"{blocks_name}.{index}"
+        progress.detail(f"{name} second moments")
+        groups, outputs = _calibrate(name, block, calls, index, chosen[index], progress)
+        layers = _quantize_layers(name, block, groups, format, transform, algorithm, progress)
+        for missing in set(chosen[index]) - {layer.name for layer in layers}:
+            report.skipped[f"{name}.{missing}"] = "the block's forward does not run it"
+            log.warning("%s.%s: not quantized, the block's forward does not run it", name, missing)
+        progress.detail(f"{name} output error")
+        mse, relative = _advance(block, calls, index, outputs)
+        if not mse < float("inf"):
+            raise NumericError(f"{name}: the quantized block's output is not finite")
+        done = BlockReport(index, name, mse, relative, time.perf_counter() - started, tuple(layers))
+        report.blocks.append(done)
+        if on_block:
+            on_block(done)
+    return report
+
+
+def _choose(name: str, block: nn.Module, exclude: Sequence[str], report: QuantizationReport) -> list[str]:
+    """The linears of a block to quantize; those excluded are noted in the report."""
+    names = []
+    for linear in linears(block):
+        pattern = next((p for p in exclude if fnmatch.fnmatchcase(f"{name}.{linear}", p)), None)
+        if pattern is None:
+            names.append(linear)
+        else:
+            report.skipped[f"{name}.{linear}"] = f"excluded by {pattern!r}"
+    return names
+
+
+def _check_layers(blocks_name: str, blocks: nn.ModuleList, chosen: list[list[str]], fmt: Format) -> None:
+    """Refuse, with every problem listed, what would fail later: sizes and non-finite weights."""
+    problems = []
+    for index, block in enumerate(blocks):
+        for name in chosen[index]:
+            linear, what = block.get_submodule(name), f"{blocks_name}.{index}.{name}"
+            try:
+                check_groups(linear.in_features, fmt, what)
+            except ValueError as error:
+                problems.append(str(error))
+            if not linear.weight.isfinite().all():
+                raise NumericError(f"{what}: NaN or infinity in the weight; the checkpoint is damaged")
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not any(chosen):
+        raise UnsupportedModelError("every linear is excluded: nothing to quantize; use format=bf16 for a baseline")
+
+
+def _record_batches(
+    model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], progress: Progress
+) -> list[BlockCalls]:
+    if not len(batches):
+        raise ValueError("no calibration batches; pass at least one tensor of token ids (B, M)")
+    device = next(blocks.parameters()).device
+    tracked = progress.track(batches, "calibration batches", len(batches))
+    return [record_calls(model, blocks, batch.to(device)) for batch in tracked]
+
+
+def _calibrate(
+    name: str, block: nn.Module, calls: list[BlockCalls], index: int, names: list[str], progress: Progress
+) -> tuple[list[_Group], list[Tensor]]:
+    """Run the batches through the original block: second moments of its inputs, and its outputs `(B, M, I)`."""
+    groups: list[_Group] = []
+    outputs = []
+    device = next(block.parameters()).device
+    for number, call in enumerate(calls):
+        progress.detail(f"{name} second moments, batch {number + 1} of {len(calls)}")
+        with linear_inputs(block, names) as seen:
+            outputs.append(run_block(block, call.hidden.to(device), call.arguments[index]).cpu())
+        if not groups:
+            groups = _group_by_input(name, seen)
+        for group in groups:
+            for x in seen[group.names[0]]:
+                group.moment.add(x)
+    return groups, outputs
+
+
+def _group_by_input(name: str, seen: dict[str, list[Tensor]]) -> list[_Group]:
+    by_tensors: dict[tuple[int, ...], list[str]] = {}
+    for linear, inputs in seen.items():
+        if inputs:
+            by_tensors.setdefault(tuple(id(x) for x in inputs), []).append(linear)
+    return [
+        _Group(group, SecondMoment(seen[group[0]][0].shape[-1], seen[group[0]][0].device, f"{name}.{group[0]}"))
+        for group in by_tensors.values()
+    ]
+
+
+def _quantize_layers(
+    name: str,
+    block: nn.Module,
+    groups: list[_Group],
+    fmt: Format,
+    transform: Transform,
+    algorithm: Algorithm,
+    progress: Progress,
+) -> list[LayerReport]:
+    layers = []
+    for group in groups:
+        for linear_name in group.names:
+            what = f"{name}.{linear_name}"
+            progress.detail(what)
+            linear = block.get_submodule(linear_name)
+            weight = algorithm.quantize_weight(linear.weight, group.moment, transform, fmt, what)
+            quantized = QuantLinear(weight, fmt, linear.bias, what)
+            block.set_submodule(linear_name, quantized)
+            size = linear.weight.numel()
+            layers.append(LayerReport(linear_name, tuple(group.names), quantized.storage_bits() / size, size))
+    return layers
+
+
+def _advance(block: nn.Module, calls: list[BlockCalls], index: int, originals: list[Tensor]) -> tuple[float, float]:
+    """Replace each batch's hidden states by the quantized block's outputs; its mean squared error, and relative."""
+    error = power = 0.0
+    count = 0
+    for call, original in zip(calls, originals, strict=True):
+        output = run_block(block, call.hidden.to(next(block.buffers()).device), call.arguments[index]).cpu()
+        difference = output.double() - original.double()
+        error += difference.square().sum().item()
+        power += original.double().square().sum().item()
+        count += original.numel()
+        call.hidden = output
+    return error / count, error / power
