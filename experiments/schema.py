@@ -4,9 +4,10 @@ Hydra composes plain YAML; `validate` checks the result and raises one `ConfigEr
 To add an option of a group, add a class here that lists its keys, and its name to the group's union.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -161,6 +162,18 @@ class Quantize(_Strict):
     exclude: list[str]
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("should be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _sweep_name(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[\w+@-][\w.+=,@-]{0,119}", value):
+        raise ValueError("should be a folder name of letters, digits and . _ + = , @ -")
+    return value
+
+
 class TrialConfig(_Strict):
     """One trial. The keys from `device` on say how and where it runs, and cannot change its result."""
 
@@ -173,10 +186,10 @@ class TrialConfig(_Strict):
     quantize: Quantize
     seed: NonNegativeInt
     tracking: Tracking
-    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_device)]
     progress: Literal["auto", "bars", "lines", "none"]
     results: str = Field(min_length=1)
-    sweep: str | None = Field(pattern=r"^[\w.+=,@-]{1,120}$")
+    sweep: Annotated[str | None, AfterValidator(_sweep_name)]
 
 
 def validate(config: dict[str, Any]) -> TrialConfig:
@@ -200,7 +213,8 @@ def _explain(problem: Any, config: dict[str, Any]) -> str:
         return f"{key}: missing"
     if problem["type"] == "union_tag_invalid":
         return f"{key}._target_: {problem['ctx']['tag']!r} is not one of: {problem['ctx']['expected_tags']}"
-    return f"{key}={_select(config, path)}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}={_select(config, path)}: {message[0].lower()}{message[1:]}"
 
 
 def _select(config: Any, path: list[str]) -> Any:

