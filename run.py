@@ -1,6 +1,6 @@
 """The one entry point: a Hydra app. One config is one trial; `-m` makes a sweep.
 
-    python run.py -m format=mxfp4,nvfp4 transform=h,wush
+python run.py -m format=mxfp4,nvfp4 transform=h,wush
 """
 
 from experiments.app import main

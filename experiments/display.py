@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 console = Console(stderr=True)
 
 SECONDS_BETWEEN_LINES = 20.0
+SECONDS_WORTH_A_LINE = 5.0
 
 
 class Bars:
@@ -46,23 +47,26 @@ class Bars:
 
 
 class Lines:
-    """A log line at the start and end of each loop, and every so often in between."""
+    """A log line at the end of each loop that took a while, and every so often in between."""
 
     def __init__(self) -> None:
         self._detail = ""
 
     def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
         started = last = time.monotonic()
+        self._detail = ""
         for done, item in enumerate(items):
             if done and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
                 left = (last - started) / done * (total - done)
-                log.info("%s: %d of %d, about %s left %s", what, done, total, duration(left), self._detail)
+                log.info("%s: %d of %d, about %s left%s", what, done, total, duration(left), self._detail)
             yield item
-        log.info("%s: %d of %d in %s", what, total, total, duration(time.monotonic() - started))
+        self._detail = ""
+        if time.monotonic() - started >= SECONDS_WORTH_A_LINE:
+            log.info("%s: %d of %d in %s", what, total, total, duration(time.monotonic() - started))
 
     def detail(self, text: str) -> None:
-        self._detail = f"({text})"
+        self._detail = f" ({text})"
 
 
 @contextmanager

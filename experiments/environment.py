@@ -5,7 +5,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,8 @@ def _processor() -> str:
 
 def _reset_peak() -> None:
     """Start the process's peak memory anew (Linux); elsewhere it is not recorded."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def _peak() -> int | None:

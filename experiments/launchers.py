@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from hydra.core.override_parser.types import Override
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -46,12 +46,13 @@ class GridSweeper(Sweeper):
 
 def _values(override: Override) -> list[str]:
     """The single-valued overrides, as text, that an override stands for."""
-    key = override.get_key_element()
+    text = str(override.input_line)
     if not override.is_sweep_override():
-        return [f"{key}={override.get_value_element_as_str()}"] if not override.is_delete() else [override.input_line or ""]
+        return [text]
+    key = override.get_key_element()
     if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: not a list of values; write {key}=a,b or {key}=range(1,5)")
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+        raise ConfigError(f"{text}: not a list of values; write {key}=a,b or {key}=range(1,5)")
+    return [f"{key}={value}" for value in map(str, override.sweep_string_iterator())]
 
 
 class LocalLauncher(Launcher):
@@ -74,7 +75,7 @@ class LocalLauncher(Launcher):
 def as_composed(config: DictConfig, hydra_node: DictConfig) -> Composed:
     """A config as plain values, without its `hydra` node, and the choices that node knows."""
     choices = {str(key): str(value) for key, value in hydra_node.runtime.choices.items()}
-    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return Composed(OmegaConf.to_container(own, resolve=True, throw_on_missing=True), choices)  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 import wush
 from wush.models import LoadedModel
@@ -25,6 +26,7 @@ class Originals:
 
     def load(self, model: dict[str, Any], device: str) -> LoadedModel:
         """The model of a config node, free for the caller to change."""
+        transformers_logging.disable_progress_bar()  # its bars would break the trial's own
         if device != "cpu":
             return instantiate(model, device=device)
         key = json.dumps(model, sort_keys=True)

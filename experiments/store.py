@@ -1,7 +1,7 @@
 """The result store: one folder a trial, one a sweep, safe for many machines on one file system.
 
-    trials/<trial_id>/  config.yaml  environment.json  trial.log  result.json (last, atomic) or failure.json
-    sweeps/<name>/      plan.json  table.md  report.html
+trials/<trial_id>/  config.yaml  environment.json  trial.log  result.json (last, atomic) or failure.json
+sweeps/<name>/      plan.json  table.md  report.html
 """
 
 import json

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.display import duration
@@ -14,6 +16,16 @@ from experiments.records import Outcome
 from experiments.store import ResultStore, write_atomically
 
 METRIC_COLUMNS = ("perplexity", "vs original", "KL", "top-1", "bits", "time")
+WIDTH_OF_A_FILE = 160
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of text, one row a trial; `common` are the labels that all trials share, and so no column."""
+
+    common: dict[str, str]
+    columns: list[str]
+    rows: list[list[str]]
 
 
 def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
@@ -21,47 +33,71 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
     from experiments.report import render_report
 
     folder = store.sweep(name)
-    columns, rows = tabulate(outcomes, store)
-    write_atomically(folder / "table.md", to_markdown(columns, rows))
+    summary = tabulate(outcomes, store)
+    write_atomically(folder / "table.md", to_markdown(name, summary))
     write_atomically(folder / "report.html", render_report(name, outcomes))
     console = Console()
-    console.print(to_terminal(name, columns, rows))
-    done = sum(outcome.record is not None for outcome in outcomes)
-    earlier = sum(outcome.earlier for outcome in outcomes)
-    failed = len(outcomes) - done
-    console.print(
-        f"{done} of {len(outcomes)} trials done" + (f" ({earlier} earlier)" if earlier else "")
-        + (f", [bold red]{failed} failed[/]" if failed else "")
-    )
+    if not console.is_terminal:
+        console = Console(width=WIDTH_OF_A_FILE)
+    console.print(to_terminal(name, summary))
+    console.print(_counts(outcomes))
     example = next((outcome for outcome in outcomes if outcome.failure), outcomes[0])
-    lines = {
-        "table": shown(folder / "table.md"),
-        "report": shown(folder / "report.html"),
-        "a trial": f"python -m experiments show {example.trial_id}" + _results_option(store),
-    }
-    for what, where in lines.items():
-        console.print(f"  {what:8} {where}", highlight=False, soft_wrap=True)
+    for what, where in (
+        ("table", shown(folder / "table.md")),
+        ("report", shown(folder / "report.html")),
+        ("a trial", f"python -m experiments show {example.trial_id}" + _results_option(store)),
+    ):
+        console.print(f"  {what:8} {where}", highlight=False, markup=False, soft_wrap=True)
 
 
-def tabulate(outcomes: Sequence[Outcome], store: ResultStore) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows of text, one row a trial."""
-    labels = list(dict.fromkeys(key for outcome in outcomes for key in outcome.labels))
+def tabulate(outcomes: Sequence[Outcome], store: ResultStore) -> Summary:
+    """The outcomes as text, in order; numbers come from the store's records."""
+    labels = dict.fromkeys(key for outcome in outcomes for key in outcome.labels)
+    values = {key: [outcome.labels.get(key, "-") for outcome in outcomes] for key in labels}
+    common = {key: own[0] for key, own in values.items() if len(set(own)) == 1}
     found = {row["trial_id"]: row for row in store.table(outcome.trial_id for outcome in outcomes)}
+    telling = [key for key in labels if key not in common]
     rows = [
-        [outcome.labels.get(key, "-") for key in labels] + _cells(outcome, found.get(outcome.trial_id))
-        for outcome in outcomes
+        [values[key][i] for key in telling] + _cells(outcome, found.get(outcome.trial_id))
+        for i, outcome in enumerate(outcomes)
     ]
-    return [*labels, *METRIC_COLUMNS, "trial"], rows
+    return Summary(common, [*telling, *METRIC_COLUMNS, "trial"], rows)
+
+
+def to_markdown(title: str, summary: Summary) -> str:
+    """A Markdown table under a title, numbers to the right."""
+    lines = [f"# {title}", "", ", ".join(f"{key} {value}" for key, value in summary.common.items()), ""]
+    lines.append("| " + " | ".join(summary.columns) + " |")
+    lines.append("|" + "|".join("---:" if column in METRIC_COLUMNS else "---" for column in summary.columns) + "|")
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in summary.rows]
+    return "\n".join(lines) + "\n"
+
+
+def to_terminal(title: str, summary: Summary) -> Table:
+    """A rich table, numbers to the right, failed trials in red."""
+    heading = escape(title) + "".join(f"\n[dim]{key}[/] {escape(value)}" for key, value in summary.common.items())
+    table = Table(title=heading, box=SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False)
+    for column in summary.columns:
+        right = column in METRIC_COLUMNS
+        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold", min_width=4)
+    for row in summary.rows:
+        table.add_row(*map(escape, row), style="red" if " failed: " in row[-1] else None)
+    return table
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be shown from the working directory."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def _cells(outcome: Outcome, row: dict[str, Any] | None) -> list[str]:
     if row is None:
         reason = outcome.failure.reason if outcome.failure else "not run"
         return ["-"] * len(METRIC_COLUMNS) + [f"{outcome.trial_id} failed: {reason}"]
-    original = row["metrics.perplexity_original"]
     return [
         f"{row['metrics.perplexity']:.3f}",
-        f"{row['metrics.perplexity'] - original:+.3f}",
+        f"{row['metrics.perplexity'] - row['metrics.perplexity_original']:+.3f}",
         f"{row['metrics.kl']:.4f}",
         f"{100 * row['metrics.top1']:.1f}%",
         f"{row['metrics.bits_per_weight']:.2f}",
@@ -70,30 +106,12 @@ def _cells(outcome: Outcome, row: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def to_markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    numeric = set(METRIC_COLUMNS)
-    lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("|" + "|".join("---:" if column in numeric else "---" for column in columns) + "|")
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def to_terminal(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A rich table, numbers to the right."""
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for column in columns:
-        right = column in METRIC_COLUMNS
-        table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows:
-        table.add_row(*row, style="red" if " failed: " in row[-1] else None)
-    return table
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be shown from the working directory."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+def _counts(outcomes: Sequence[Outcome]) -> str:
+    done = sum(outcome.record is not None for outcome in outcomes)
+    earlier = sum(outcome.earlier for outcome in outcomes)
+    failed = len(outcomes) - done
+    text = f"{done} of {len(outcomes)} trials done" + (f", {earlier} of them earlier" if earlier else "")
+    return text + (f", [bold red]{failed} failed[/]" if failed else "")
 
 
 def _results_option(store: ResultStore) -> str:

@@ -82,7 +82,10 @@ def run(sweep: Sweep) -> list[Outcome]:
             runner = TrialRunner(sweep.store, sweep.name, progress)
             for trial in progress.track(pending, "trials", len(pending)):
                 log.info("trial %s: %s", trial.trial_id, trial.name)
-                found[trial.trial_id] = runner.run(trial)
+                result = found[trial.trial_id] = runner.run(trial)
+                if isinstance(result, Record):
+                    metrics = result.metrics
+                    log.info("trial %s: perplexity %.3f, KL %.4f", trial.trial_id, metrics.perplexity, metrics.kl)
     outcomes = [_outcome(trial, found[trial.trial_id], trial.trial_id in earlier) for trial in sweep.trials]
     summarize(sweep.name, outcomes, sweep.store)
     if any(outcome.failure for outcome in outcomes):
@@ -94,7 +97,7 @@ def sweep_name(overrides: Sequence[str]) -> str:
     """A folder name made of the overrides that can change a result, such as `format-mxfp4+nvfp4_transform-h`."""
     telling = [o for o in overrides if re.split(r"[=./@]", o.lstrip("+~"))[0] not in (*NEUTRAL, "hydra")]
     name = re.sub(r"[^\w.+-]", "-", "_".join(telling).replace("=", "-").replace(",", "+")) or "default"
-    return name if len(name) <= 80 else f"{name[:63]}-{hash_of(list(overrides))}"
+    return name if len(name) <= 80 else f"{name[:63].rstrip('_-+')}-{hash_of(list(overrides))}"
 
 
 def label(composed: Sequence[Composed]) -> list[dict[str, str]]:
@@ -114,7 +117,9 @@ def label(composed: Sequence[Composed]) -> list[dict[str, str]]:
         unused = ("transform", "algorithm") if baseline else ()
         choices = {group: "-" if group in unused else one.choices[group] for group in LABELLING_GROUPS}
         differing = {
-            key: str(value) for key, value in own.items() if len(values[key, one.choices.get(key.partition(".")[0])]) > 1
+            key: str(value)
+            for key, value in own.items()
+            if len(values[key, one.choices.get(key.partition(".")[0])]) > 1
         }
         labels.append(choices | differing)
     return labels

@@ -51,8 +51,8 @@ class NoTracking:
 class WandbTracking:
     """One Weights & Biases run a trial: its id is the trial's, so that a repeated trial continues its run.
 
-    `mode="auto"` is what WANDB_MODE says, else online when the user is logged in, else offline. Every error of the client is logged once and
-    ends tracking of that trial, not the trial.
+    `mode="auto"` is what WANDB_MODE says, else online when the user is logged in, else offline. Every error of the
+    client is logged once and ends tracking of that trial, not the trial.
     """
 
     def __init__(self, project: str, entity: str | None, mode: Literal["auto", "online", "offline"]) -> None:

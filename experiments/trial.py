@@ -1,6 +1,6 @@
 """One trial: from a config to a recorded result.
 
-    config -> model + tokenizer -> calibration windows -> quantized decoder blocks -> metrics -> record
+config -> model + tokenizer -> calibration windows -> quantized decoder blocks -> metrics -> record
 """
 
 import logging
@@ -104,16 +104,15 @@ class TrialRunner:
         with measured(work.stages, "load", device):
             loaded = self._originals.load(config["model"], device)
         fmt = instantiate(config["format"])
-        calibrated = isinstance(fmt, wush.Format)
         held_out = windows("evaluation")
-        calibration = windows("calibration") if calibrated else None
+        calibration = windows("calibration") if isinstance(fmt, wush.Format) else None
         _warn_if_same_text(work.data)
         batch_size = config["evaluation"]["batch_size"]
         with measured(work.stages, "original", device):
             key = {"model": config["model"], "evaluation": work.data["evaluation"].ids_sha256, "device": device}
             states = self._originals.states(loaded, held_out, key, batch_size, progress)
         bits = float(loaded.model.dtype.itemsize * 8)
-        if calibrated:
+        if calibration is not None:
             with measured(work.stages, "quantize", device):
                 report = wush.quantize(
                     loaded.model,
@@ -168,9 +167,7 @@ class _Work:
         self.metrics: Metrics | None = None
 
 
-def _record(
-    trial: Trial, work: _Work, warnings: list[str], environment: dict[str, Any], started: datetime
-) -> Record:
+def _record(trial: Trial, work: _Work, warnings: list[str], environment: dict[str, Any], started: datetime) -> Record:
     assert work.metrics is not None
     return Record(
         trial_id=trial.trial_id,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wush.formats import Format, Quantized
-from wush.moments import SecondMoment, lower_factor_of_inverse
+from wush.moments import SecondMoment
 from wush.transforms import Identity, Transform, transform_weight
 
 

@@ -5,7 +5,7 @@ Shape legend: `B` windows in a batch, `M` tokens, `I` features.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,11 +55,8 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> 
     tables) are recorded for each, and the model is left after the last one.
     """
     recorder = _Recorder(len(blocks))
-    with _replaced_forwards(blocks, recorder):
-        try:
-            model(input_ids=input_ids, use_cache=False)
-        except _AllBlocksSeen:
-            pass
+    with _replaced_forwards(blocks, recorder), suppress(_AllBlocksSeen):
+        model(input_ids=input_ids, use_cache=False)
     if recorder.hidden is None or len(recorder.arguments) != len(blocks):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its forward ran {len(recorder.arguments)} of its {len(blocks)} decoder blocks, "

@@ -18,8 +18,8 @@ E4M3_MAX = 448.0
 class Element:
     """A grid of numbers with a code for each.
 
-    `snap`: float32 -> nearest grid value, float32; it may overwrite its argument. `to_codes`: grid values -> uint8 below `2**bits`.
-    `from_codes`: uint8 -> grid values, float32.
+    `snap`: float32 -> nearest grid value, float32; it may overwrite its argument. `to_codes`: grid values -> uint8
+    below `2**bits`. `from_codes`: uint8 -> grid values, float32.
     """
 
     name: str

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.progress import Progress, Silent
-from wush.transforms import Transform, apply_blocks, transform_weight
+from wush.transforms import apply_blocks
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ def layer_loss(x: Tensor, weight_oi: Tensor, quantized_weight: Tensor, transform
 
 
 def _device(model: nn.Module) -> torch.device:
-    return _lm_head(model).weight.device
+    return next(_lm_head(model).parameters()).device
 
 
 def _lm_head(model: nn.Module) -> nn.Module:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no LM head; load it with AutoModelForCausalLM")
     return head

@@ -52,7 +52,7 @@ class Format(ABC):
 
     @abstractmethod
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
-        """Scales `(..., N)` in `scale_dtype` of finite float32 groups `(..., N, G)` with largest magnitudes `amax_n`."""
+        """Scales `(..., N)` in `scale_dtype` of finite float32 groups `(..., N, G)`; `amax_n`: their magnitudes."""
 
     @property
     def bits_per_weight(self) -> float:

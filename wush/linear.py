@@ -1,6 +1,5 @@
 """`QuantLinear`: a linear layer with 4-bit weights and activations that are quantized at every forward."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ class QuantLinear(nn.Module):
     scales: Tensor
     transform: Tensor | None
     bias: Tensor | None
+    byte_values: Tensor
 
     def __init__(self, weight: QuantizedWeight, fmt: Format, bias: Tensor | None = None, name: str = "") -> None:
         super().__init__()

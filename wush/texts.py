@@ -7,6 +7,7 @@ cut windows, so that texts can be read and checked before any heavy work.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ class TextWindows(ABC):
 class EmbeddedText(TextWindows):
     """One of two disjoint halves of Python's own topic documentation: its topics by name, alternating.
 
-    About 56,000 tokens of English technical prose each. The text differs between Python versions.
+    Topics quote each other, so a paragraph is kept only where it comes first. About 45,000 tokens of English
+    technical prose each; the text differs between Python versions.
     """
 
     part: Literal["calibration", "evaluation"]
@@ -55,8 +57,15 @@ class EmbeddedText(TextWindows):
     def text(self) -> str:
         from pydoc_data.topics import topics
 
-        first = {"calibration": 0, "evaluation": 1}[self.part]
-        return "\n\n".join(topics[name] for name in sorted(topics)[first::2])
+        kept: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+        seen: set[str] = set()
+        for name, part in zip(sorted(topics), itertools.cycle(kept)):
+            for paragraph in topics[name].split("\n\n"):
+                words = " ".join(paragraph.split())
+                if words not in seen:
+                    seen.add(words)
+                    kept[part].append(paragraph)
+        return "\n\n".join(kept[self.part])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,8 @@ def quantize(
     the format, before any work; `UnsupportedModelError`; `NumericError` that names the layer.
     """
     progress = progress or Silent()
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ValueError("the model is quantized already; load the original again")
     blocks_name, blocks = find_blocks(model)
     report = QuantizationReport()
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
@@ -131,7 +133,7 @@ def _check_layers(blocks_name: str, blocks: nn.ModuleList, chosen: list[list[str
     problems = []
     for index, block in enumerate(blocks):
         for name in chosen[index]:
-            linear, what = block.get_submodule(name), f"{blocks_name}.{index}.{name}"
+            linear, what = linears(block)[name], f"{blocks_name}.{index}.{name}"
             try:
                 check_groups(linear.in_features, fmt, what)
             except ValueError as error:
@@ -198,7 +200,7 @@ def _quantize_layers(
         for linear_name in group.names:
             what = f"{name}.{linear_name}"
             progress.detail(what)
-            linear = block.get_submodule(linear_name)
+            linear = linears(block)[linear_name]
             weight = algorithm.quantize_weight(linear.weight, group.moment, transform, fmt, what)
             quantized = QuantLinear(weight, fmt, linear.bias, what)
             block.set_submodule(linear_name, quantized)

@@ -1,0 +1,72 @@
+"""The config groups and their schema: every option is valid, every key is read, every mistake is explained."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.schema import ConfigError, validate
+from tests.experiments.conftest import ROOT, config
+
+GROUPS = ("model", "format", "transform", "algorithm", "calibration", "evaluation", "tracking")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+NEEDED = {
+    ("model", "local"): "model.path=x",
+    ("calibration", "text"): "calibration.path=x",
+    ("evaluation", "text"): "evaluation.path=x",
+}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_is_valid(group: str, option: str) -> None:
+    validate(config(f"{group}={option}", *filter(None, [NEEDED.get((group, option))])))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_key_of_an_option_is_an_argument_of_what_it_builds(group: str, option: str) -> None:
+    node = yaml.safe_load((ROOT / "conf" / group / f"{option}.yaml").read_text())
+    module, _, name = node.pop("_target_").rpartition(".")
+    arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    assert set(node) <= set(arguments)
+
+
+@pytest.mark.parametrize(
+    "key", sorted(set(yaml.safe_load((ROOT / "conf/config.yaml").read_text())) - {"defaults", "hydra"})
+)
+def test_every_key_of_the_main_config_is_read(key: str) -> None:
+    sources = [path for path in (ROOT / "experiments").glob("*.py") if path.name not in ("schema.py", "identity.py")]
+    interpolated = [path for path in (ROOT / "conf").rglob("*.yaml") if f"${{{key}}}" in path.read_text()]
+    assert interpolated or any(f'["{key}"]' in path.read_text() for path in sources)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("format.scale_rule=foo", "format.scale_rule=foo: input should be 'paper' or 'ocp'"),
+        ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
+        ("device=gpu", "device=gpu: should be auto, cpu, cuda or cuda:N"),
+        ("sweep=../x", "sweep=../x: should be a folder name"),
+        ("+format.foo=1", "format.foo: unknown key; format has: _target_, scale_rule"),
+        ("quantize.exclude=all", "quantize.exclude=all: input should be a valid list"),
+        ("transform._target_=os.getcwd", "transform._target_: 'os.getcwd' is not one of: 'wush.Identity'"),
+        ("calibration.window_length=1", "calibration.window_length=1: input should be greater than or equal to 2"),
+    ],
+)
+def test_a_wrong_value_is_explained_with_its_key_and_choices(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(config(override))
+    assert message in str(raised.value)
+
+
+def test_all_problems_come_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(config("device=gpu", "evaluation.windows=0", "format.scale_rule=foo"))
+    assert len(str(raised.value).splitlines()) == 3
+
+
+def test_config_files_say_what_they_are() -> None:
+    files = list(Path(ROOT / "conf").rglob("*.yaml"))
+    silent = [path.name for path in files if not path.read_text().startswith("#")]
+    assert not silent

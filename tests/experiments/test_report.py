@@ -1,0 +1,422 @@
+"""The sweep report: what its HTML says, and how it behaves in a browser."""
+
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Stage
+from experiments.report import render_report
+from experiments.report_plots import log_scale, metric_scale, number, styles_of
+
+BLOCKS = 30
+START = datetime(2025, 11, 22, 15, 0, tzinfo=UTC)
+REASON = "ValueError: <script>document.title = 'changed'</script> & more"
+
+
+def blocks(level: float) -> list[Block]:
+    """Errors over three decades, with one block that stands out."""
+    found = []
+    for i in range(BLOCKS):
+        relative = level * 10 ** (3 * i / BLOCKS - 3) * (6 if i == 1 else 1 + 0.3 * math.sin(3 * i))
+        layer = Layer(name="mlp.up_proj", shared_input=["mlp.gate_proj"], bits_per_weight=4.25, weights=884736)
+        name = f"model.layers.{i}"
+        found.append(Block(index=i, name=name, mse=relative * 1e4, relative_mse=relative, seconds=1.3, layers=[layer]))
+    return found
+
+
+def record(trial_id: str, choices: dict[str, str], metrics: Metrics, level: float | None) -> Record:
+    """A finished trial; an unquantized one when there is no `level` of errors."""
+    return Record(
+        trial_id=trial_id,
+        choices=choices,
+        config={"model": {"_target_": "wush.models.load_packaged_gguf", "dtype": "float32"}, "seed": 0},
+        metrics=metrics,
+        blocks=[] if level is None else blocks(level),
+        skipped={"model.layers.0.self_attn.q_proj": "excluded by '*.q_proj'"},
+        stages={
+            "load": Stage(seconds=2.4, peak_memory_bytes=900 * 2**20, peak_gpu_memory_bytes=None),
+            "quantize": Stage(seconds=95.0, peak_memory_bytes=3 * 2**30, peak_gpu_memory_bytes=None),
+        },
+        data={
+            "calibration": Data(text_sha256="a" * 64, ids_sha256="b" * 64, tokens=8192),
+            "evaluation": Data(text_sha256="c" * 64, ids_sha256="d" * 64, tokens=8192),
+        },
+        seed=0,
+        warnings=["CUDA kernels are not used on this device"],
+        versions={"python": "3.11.7", "torch": "2.9.0"},
+        git_commit="70db0c0d",
+        host="node-7",
+        device="cpu: AMD EPYC 9554",
+        started_at=START,
+        finished_at=START + timedelta(seconds=97),
+    )
+
+
+def quantized(fmt: str, transform: str, perplexity: float, kl: float, level: float, **more: str) -> Outcome:
+    choices = {"model": "smollm2_135m", "format": fmt, "transform": transform, "algorithm": "rtn"}
+    choices |= {key: value for key, value in more.items() if key in ("model", "algorithm")}
+    bits = {"mxfp4": 4.25, "nvfp4": 4.5}.get(fmt, 4.25)
+    metrics = Metrics(perplexity=perplexity, perplexity_original=14.05, kl=kl, top1=0.9 - kl / 2, bits_per_weight=bits)
+    name = " ".join([fmt, transform, *more.values()])
+    trial_id = f"{sum(ord(c) * 257**i for i, c in enumerate(name)) % 16**16:016x}"
+    labels = {**choices, **more}
+    return Outcome(trial_id, name, labels, record(trial_id, choices, metrics, level))
+
+
+def failed() -> Outcome:
+    labels = {"model": "smollm2_135m", "format": "int4", "transform": "wush", "algorithm": "rtn"}
+    failure = Failure(trial_id="f" * 16, reason=REASON, kind="ValueError", host="node-8", failed_at=START)
+    return Outcome("f" * 16, "int4 wush", labels, failure=failure)
+
+
+def baseline() -> Outcome:
+    choices = {"model": "smollm2_135m", "format": "bf16"}
+    metrics = Metrics(perplexity=14.05, perplexity_original=14.05, kl=0.0, top1=1.0, bits_per_weight=16.0)
+    return Outcome("0" * 16, "bf16", choices, record("0" * 16, choices, metrics, None), earlier=True)
+
+
+def sweep() -> list[Outcome]:
+    """A failed trial, an unquantized one, and two formats with two transforms each."""
+    return [
+        failed(),
+        quantized("mxfp4", "h", 27.0, 0.62, 0.4),
+        quantized("mxfp4", "wush", 19.1, 0.31, 0.1),
+        baseline(),
+        quantized("nvfp4", "h", 20.0, 0.35, 0.2),
+        quantized("nvfp4", "wush", 17.5, 0.22, 0.05),
+    ]
+
+
+def at_perplexity(outcome: Outcome, perplexity: float) -> Outcome:
+    assert outcome.record is not None
+    metrics = outcome.record.metrics.model_copy(update={"perplexity": perplexity})
+    return replace(outcome, record=outcome.record.model_copy(update={"metrics": metrics}))
+
+
+def rows(html: str) -> list[str]:
+    return re.findall(r"<tr data-status.*?</tr>", html, re.S)
+
+
+def cells(row: str) -> list[str]:
+    return [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<td.*?</td>", row, re.S)]
+
+
+# --- what it says
+
+
+def test_the_same_outcomes_give_the_same_bytes() -> None:
+    assert render_report("grid", sweep()) == render_report("grid", sweep())
+
+
+def test_the_page_names_no_other_place() -> None:
+    html = render_report("grid", sweep())
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<(link|script|img)[^>]+(src|href)=\"(?!data:)", html)
+
+
+def test_a_reason_cannot_become_markup() -> None:
+    html = render_report("<b>grid</b>", sweep())
+    assert html.count("<script>") == 1
+    assert "&lt;script&gt;document.title" in html
+    assert "<title>&lt;b&gt;grid&lt;/b&gt;</title>" in html
+
+
+def test_the_summary_counts_trials_and_names_the_best() -> None:
+    html = re.sub(r"<a [^>]+>|</a>", "", render_report("grid", sweep()))
+    assert "6 trials: 5 done, 1 failed; best perplexity 17.50, nvfp4 wush." in html
+
+
+def test_an_unquantized_trial_is_never_the_best() -> None:
+    row = next(row for row in rows(render_report("grid", sweep())) if "bf16" in row)
+    assert "<strong>" not in row
+    assert cells(row)[4:9] == ["14.05", "+0.00", "0.0000", "100.0", "16.00"]
+
+
+def test_the_best_quantized_value_of_each_column_is_bold() -> None:
+    html = render_report("grid", sweep())
+    bold = re.findall(r"<strong>(.*?)</strong>", html)
+    assert bold == ["4.25", "4.25", "17.50", "+3.45", "0.2200", "79.0"]
+
+
+def test_bold_compares_within_a_model_only() -> None:
+    other = [quantized("mxfp4", t, p, 0.1, 0.1, model="qwen3_8b") for t, p in [("h", 9.0), ("wush", 8.0)]]
+    bold = re.findall(r"<strong>(.*?)</strong>", render_report("grid", sweep() + other))
+    assert {"17.50", "8.00"} <= set(bold)
+    assert "9.00" not in bold
+
+
+def test_a_failed_trial_shows_its_reason_over_the_numbers_and_where_its_log_is() -> None:
+    html = render_report("grid", sweep())
+    row = next(row for row in rows(html) if 'data-status="failed"' in row)
+    assert 'colspan="6"' in row
+    assert len(cells(row)) == 4 + 1 + 1
+    assert "trials/ffffffffffffffff/trial.log" in html
+
+
+def test_a_label_that_a_trial_lacks_is_a_dash() -> None:
+    row = next(row for row in rows(render_report("grid", sweep())) if "bf16" in row)
+    assert cells(row)[:4] == ["smollm2_135m", "bf16", "–", "–"]
+
+
+def test_details_hold_what_a_trial_was_made_of() -> None:
+    html = render_report("grid", sweep())
+    for text in ("b" * 64, "8,192", "1 min 35 s", "3.0 GiB", "torch 2.9.0", "70db0c0d", "node-7", "AMD EPYC 9554"):
+        assert text in html, text
+    for text in ("2025-11-22 15:01:37 UTC", "load_packaged_gguf", "CUDA kernels are not used", "excluded by"):
+        assert text in html, text
+
+
+def test_a_sweep_without_a_quantized_trial_says_so() -> None:
+    html = render_report("grid", [failed(), baseline(), Outcome("e" * 16, "int4 h", {"format": "int4"})])
+    assert "3 trials: 1 done, 1 failed, 1 not run." in html
+    assert "<svg" not in html
+    assert "The plots appear once" in html
+    assert "0 trials: 0 done, 0 failed." in render_report("grid", [])
+
+
+def test_a_perplexity_that_is_not_finite_is_shown_but_not_drawn() -> None:
+    html = render_report("grid", [*sweep()[1:3], at_perplexity(quantized("int4", "h", 1.0, 0.5, 0.1), math.nan)])
+    assert "nan" in cells(rows(html)[2])
+    assert "1 without a finite value not drawn" in html
+    assert html.count('class="mark') == 2 + 3
+    assert "NaN" not in "".join(re.findall(r"<svg.*?</svg>", html, re.S))
+
+
+def test_a_plot_is_drawn_for_each_model() -> None:
+    html = render_report("grid", [*sweep(), quantized("mxfp4", "h", 9.0, 0.1, 0.1, model="qwen3_8b")])
+    assert re.findall(r"<h3>(.*?)</h3>", html) == ["smollm2_135m", "qwen3_8b"] * 2
+
+
+def test_several_algorithms_are_row_groups_of_their_own() -> None:
+    html = render_report("grid", [*sweep(), quantized("mxfp4", "wush", 16.0, 0.2, 0.1, algorithm="gptq")])
+    names = re.findall(r'<text class="name".*?>(.*?)<title>', html)
+    assert names == ["mxfp4 · rtn", "nvfp4 · rtn", "mxfp4 · gptq"] * 2
+
+
+def test_keys_that_differ_make_row_groups_and_transforms_but_seeds_do_not() -> None:
+    extra = [
+        quantized("mxfp4", "wush", 19.0, 0.3, 0.1, **{"format.scale_rule": "ocp"}),
+        quantized("nvfp4", "wush", 17.0, 0.2, 0.1, **{"transform.refit": "false"}),
+        quantized("nvfp4", "wush", 17.1, 0.2, 0.1, **{"transform.seed": "3"}),
+    ]
+    html = render_report("grid", sweep() + extra)
+    assert re.findall(r'<text class="name".*?>(.*?)<title>', html)[:3] == ["mxfp4", "nvfp4", "mxfp4 scale_rule=ocp"]
+    legend = re.search(r'<ul class="legend">(.*?)</ul>', html, re.S)
+    assert legend
+    assert re.findall(r"</svg>(.*?)</li>", legend[1]) == ["h", "wush", "wush refit=false"]
+
+
+def test_at_most_24_curves_are_drawn_and_the_page_says_so() -> None:
+    many = [quantized("mxfp4", "r", 50.0 - i, 0.3, 0.1, seed=str(i)) for i in range(30)]
+    html = render_report("grid", many)
+    assert html.count('<path class="curve') == 24
+    assert "the 24 trials lowest in perplexity, of 30" in html
+    drawn = re.findall(r'<path class="curve.*?data-name="(.*?)"', html)
+    assert set(drawn) == {f"mxfp4 r {i}" for i in range(6, 30)}
+
+
+def test_importing_the_report_does_not_import_torch() -> None:
+    code = "import sys, experiments.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- scales
+
+
+def test_values_far_apart_take_a_log_axis() -> None:
+    assert metric_scale([1.0, 21.0], 0, 100).log
+    assert not metric_scale([1.0, 20.0], 0, 100).log
+    assert not metric_scale([0.0, 100.0], 0, 100).log
+
+
+@pytest.mark.parametrize("values", [[17.5, 27.0], [3.0], [0.0], [1e-7, 1.5e-7], [14.05, 1e6], [99.9, 100.1]])
+def test_an_axis_holds_its_values_and_ends_on_its_ticks(values: list[float]) -> None:
+    scale = metric_scale(values, 10, 110)
+    assert all(10 <= scale.at(value) <= 110 for value in values)
+    assert [scale.at(scale.ticks[0]), scale.at(scale.low), scale.at(scale.high)] == [10, 10, 110]
+    texts = [tick.text for tick in scale.labelled()]
+    assert 2 <= len(texts) <= 12
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0.012, 0.4, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)), (3e-4, 0.4, (1e-3, 1e-2, 1e-1)), (0.2, 0.2, (0.2, 0.5))],
+)
+def test_log_ticks_are_round(low: float, high: float, ticks: tuple[float, ...]) -> None:
+    assert log_scale(low, high, 0, 100).ticks == ticks
+
+
+def test_numbers_have_three_digits() -> None:
+    assert [number(x) for x in (0.012345, 25.0, 1.234e-5, 1e-4, 2e6)] == ["0.0123", "25", "1.23×10⁻⁵", "10⁻⁴", "2×10⁶"]
+
+
+def test_transforms_differ_in_colour_and_in_shape() -> None:
+    styles = styles_of(["wush", "h", "i", "r", "wus", "mine", "yours"]).values()
+    assert len({style.colour for style in styles}) == len({style.shape for style in styles}) == 7
+    assert styles_of(["wush"])["wush"] == styles_of(["h", "wush"])["wush"]
+
+
+# --- how it behaves
+
+BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,1000",
+)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Any]:
+    """The sweep's report, open in headless Chromium."""
+    if not (BROWSER and DRIVER):
+        pytest.skip("chromium and chromedriver are not both installed")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for option in (*OPTIONS, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    logging.getLogger("selenium").setLevel(logging.WARNING)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        file = tmp_path / "report.html"
+        file.write_text(render_report("grid", sweep()), encoding="utf-8")
+        driver.get(file.as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+def requests(page: Any) -> list[str]:
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    # Chromium's own first tab loads parts of its own.
+    return [m["request"]["url"] for m in sent if m["documentURL"].startswith("file:")]
+
+
+def column(page: Any, title: str) -> list[str]:
+    """Texts of the column's cells, from top to bottom; of a failed trial, its status."""
+    script = """
+        const headers = [...document.querySelectorAll('#trials th')];
+        const index = headers.findIndex(header => header.textContent === arguments[0]);
+        const failed = row => row.dataset.status === 'failed';
+        return [...document.querySelectorAll('#trials tbody tr')].map(
+            row => failed(row) ? 'failed' : row.cells[index].textContent);
+    """
+    return [str(text) for text in page.execute_script(script, title)]
+
+
+def header(page: Any, title: str) -> Any:
+    return page.find_element("xpath", f"//table[@id='trials']//th[button[text()='{title}']]")
+
+
+@pytest.mark.browser
+def test_the_page_makes_no_request_and_logs_no_error(page: Any) -> None:
+    header(page, "Perplexity").find_element("tag name", "button").click()
+    page.find_element("css selector", "#trials a").click()
+    assert [url for url in requests(page) if not url.startswith("data:")] == [page.current_url.partition("#")[0]]
+    assert [entry for entry in page.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert page.title == "grid"
+
+
+@pytest.mark.browser
+def test_a_header_sorts_by_number_and_then_in_reverse_with_the_failed_trial_last(page: Any) -> None:
+    assert column(page, "Perplexity")[0] == "failed"
+    button = header(page, "Perplexity").find_element("tag name", "button")
+    button.click()
+    assert column(page, "Perplexity") == ["14.05", "17.50", "19.10", "20.00", "27.00", "failed"]
+    assert header(page, "Perplexity").get_attribute("aria-sort") == "ascending"
+    button.click()
+    assert column(page, "Perplexity") == ["27.00", "20.00", "19.10", "17.50", "14.05", "failed"]
+    assert header(page, "Perplexity").get_attribute("aria-sort") == "descending"
+
+
+@pytest.mark.browser
+def test_numbers_sort_by_size_and_not_by_spelling(page: Any) -> None:
+    header(page, "Top-1 (%)").find_element("tag name", "button").click()
+    assert column(page, "Top-1 (%)") == ["59.0", "72.5", "74.5", "79.0", "100.0", "failed"]
+
+
+@pytest.mark.browser
+def test_the_keyboard_sorts_and_labels_that_lack_a_value_come_last(page: Any) -> None:
+    button = header(page, "transform").find_element("tag name", "button")
+    for direction, expected in (("ascending", ["h", "h", "wush", "wush"]), ("descending", ["wush", "wush", "h", "h"])):
+        button.send_keys("\ue007")  # Enter
+        assert column(page, "transform") == [*expected, "–", "failed"]
+        assert header(page, "transform").get_attribute("aria-sort") == direction
+
+
+@pytest.mark.browser
+def test_the_plots_show_every_quantized_trial(page: Any) -> None:
+    dots = page.find_elements("css selector", "svg.dots")
+    assert [len(plot.find_elements("css selector", ".mark")) for plot in dots] == [4, 4]
+    assert [len(plot.find_elements("css selector", ".reference")) for plot in dots] == [1, 0]
+    shapes = {mark.get_attribute("data-shape") for mark in dots[0].find_elements("css selector", ".mark")}
+    fills = {mark.value_of_css_property("fill") for mark in dots[0].find_elements("css selector", ".mark")}
+    assert len(shapes) == len(fills) == 2
+    curves = page.find_elements("css selector", "path.curve")
+    assert [len(curve.get_attribute("data-points").split(";")) for curve in curves] == [BLOCKS] * 4
+    assert len({curve.value_of_css_property("stroke-dasharray") for curve in curves}) == 2
+
+
+@pytest.mark.browser
+def test_marks_lie_to_the_right_of_the_original_in_order_of_perplexity(page: Any) -> None:
+    plot = page.find_element("css selector", "svg.dots")
+    places = {m.find_element("tag name", "title").get_attribute("textContent"): m.rect["x"] + m.rect["width"] / 2
+              for m in plot.find_elements("css selector", ".mark")}  # fmt: skip
+    assert sorted(places, key=lambda title: places[title]) == [
+        "nvfp4 wush: 17.50", "mxfp4 wush: 19.10", "nvfp4 h: 20.00", "mxfp4 h: 27.00"
+    ]  # fmt: skip
+    assert plot.find_element("css selector", ".reference").rect["x"] < min(places.values())
+
+
+@pytest.mark.browser
+def test_pointing_at_a_curve_names_its_trial_and_block(page: Any) -> None:
+    script = """
+        const curve = document.querySelector('.curve'), svg = curve.ownerSVGElement;
+        svg.scrollIntoView({block: 'center'});
+        const [x, y] = curve.dataset.points.split(';')[12].split(' ');
+        const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
+        const clientX = box.left + x * scale, clientY = box.top + y * scale;
+        svg.dispatchEvent(new PointerEvent('pointermove', {clientX, clientY}));
+        return [curve.dataset.name, document.querySelector('.tip').textContent];
+    """
+    name, tip = page.execute_script(script)
+    assert re.fullmatch(rf"{name}, block 12: 0\.0\d+", tip)
+
+
+@pytest.mark.browser
+def test_a_trials_link_opens_its_details(page: Any) -> None:
+    details = page.find_element("id", "trial-" + "f" * 16)
+    assert page.find_elements("css selector", "details[open]") == []
+    page.find_element("css selector", "#trials tr[data-status=failed] a").click()
+    assert page.find_elements("css selector", "details[open]") == [details]
+    assert REASON in details.text
+    assert page.find_elements("css selector", "main script") == []
+
+
+@pytest.mark.browser
+def test_the_page_is_no_wider_than_a_narrow_window(page: Any) -> None:
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    )
+    assert page.execute_script("return document.documentElement.scrollWidth") == 420
+    assert page.execute_script("const b = document.querySelector('.compare'); return b.scrollWidth > b.clientWidth")

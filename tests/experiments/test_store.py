@@ -1,0 +1,116 @@
+"""The result store: whole files or none, damaged ones moved aside, rows by query."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from experiments.records import Failure, Metrics, Record, Stage, now
+from experiments.schema import ConfigError
+from experiments.store import ResultStore, write_atomically
+
+
+def record(trial_id: str, kl: float = 0.1) -> Record:
+    return Record(
+        trial_id=trial_id,
+        choices={"model": "tiny_llama", "format": "mxfp4"},
+        config={"seed": 0, "quantize": {"exclude": []}},
+        metrics=Metrics(perplexity=20.0, perplexity_original=14.0, kl=kl, top1=0.7, bits_per_weight=4.25),
+        blocks=[],
+        skipped={},
+        stages={
+            "load": Stage(seconds=1.5, peak_memory_bytes=1000, peak_gpu_memory_bytes=None),
+            "evaluate": Stage(seconds=2.0, peak_memory_bytes=None, peak_gpu_memory_bytes=None),
+        },
+        data={},
+        seed=0,
+        warnings=[],
+        versions={"python": "3.11"},
+        git_commit=None,
+        host="here",
+        device="cpu: test",
+        started_at=now(),
+        finished_at=now(),
+    )
+
+
+def stored(root: Path, *records: Record) -> ResultStore:
+    store = ResultStore(root)
+    for one in records:
+        store.begin(one.trial_id, "seed: 0\n", {"host": "here"})
+        store.finish(one)
+    return store
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    original = record("a1")
+    assert stored(tmp_path, original).record("a1") == original
+    assert ResultStore(tmp_path).record("b2") is None
+
+
+def test_a_record_of_another_schema_version_is_not_taken_for_one(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1"))
+    path = store.trial("a1") / "result.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    assert store.record("a1") is None
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"trial_id": "a1"}', "\x00\x00"])
+def test_a_damaged_record_is_moved_aside_and_reported(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored(tmp_path, record("a1"))
+    (store.trial("a1") / "result.json").write_text(content)
+    assert store.record("a1") is None
+    assert "a1" in caplog.text
+    assert "damaged" in caplog.text
+    aside = list(store.trial("a1").glob("result.damaged-*.json"))
+    assert [path.read_text() for path in aside] == [content]
+
+
+def test_beginning_again_forgets_the_earlier_failure(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path)
+    store.begin("a1", "", {})
+    failure = Failure(trial_id="a1", reason="out of memory", kind="OutOfMemoryError", host="here", failed_at=now())
+    store.fail(failure)
+    assert store.failure("a1") == failure
+    store.begin("a1", "", {})
+    assert store.failure("a1") is None
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    write_atomically(path, "old")
+
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_config_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"results=.*cannot be written.*set results="):
+        ResultStore(tmp_path / "file" / "results").check_writable()
+
+
+def test_rows_come_in_the_order_asked_for_and_only_for_finished_trials(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1", 0.1), record("b2", 0.2), record("c3", 0.3))
+    (store.trial("c3") / "result.json").unlink()
+    rows = store.table(["b2", "c3", "a1"])
+    assert [(row["trial_id"], row["metrics.kl"], row["choices.format"], row["seconds"]) for row in rows] == [
+        ("b2", 0.2, "mxfp4", 3.5),
+        ("a1", 0.1, "mxfp4", 3.5),
+    ]
+    assert store.table([]) == []
+
+
+def test_records_are_plain_json(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1"))
+    assert json.loads((store.trial("a1") / "result.json").read_text())["metrics"]["kl"] == 0.1

@@ -1,0 +1,194 @@
+"""Sweeps end to end on tiny models: done trials are skipped, failures stay alone, records say everything."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import wush
+from experiments import sweep
+from experiments.records import Record
+from experiments.schema import ConfigError
+from experiments.store import ResultStore
+from tests.experiments.conftest import Cli, composed, config
+
+FOUR = ("-m", "format=mxfp4,nvfp4", "transform=h,wush")
+
+
+def records(cli: Cli) -> list[Record]:
+    store = ResultStore(cli.folder / "results")
+    return [record for trial_id in store.ids() if (record := store.record(trial_id))]
+
+
+def test_four_trials_finish_and_a_second_time_nothing_is_run(cli: Cli) -> None:
+    first = cli.small(*FOUR)
+    assert first.returncode == 0, first.stderr
+    assert "4 of 4 trials done" in first.stdout
+    before = {path: path.stat().st_mtime_ns for path in cli.folder.rglob("result.json")}
+    assert len(before) == 4
+    second = cli.small(*FOUR)
+    assert second.returncode == 0
+    assert "4 of 4 trials already done" in second.stderr
+    assert {path: path.stat().st_mtime_ns for path in cli.folder.rglob("result.json")} == before
+    # The table is the same again, the time that the trials took included.
+    table = re.compile(r"^ (mxfp4|nvfp4).*$", re.MULTILINE)
+    assert [m[0] for m in table.finditer(first.stdout)] == [m[0] for m in table.finditer(second.stdout)]
+
+
+def test_a_sweep_leaves_its_plan_table_and_report_where_it_says(cli: Cli) -> None:
+    done = cli.small(*FOUR)
+    paths = dict(re.findall(r"^  (table|report) +(\S+)$", done.stdout, re.MULTILINE))
+    assert set(paths) == {"table", "report"}
+    assert (cli.folder / paths["table"]).read_text().count("\n| ") == 5
+    report = (cli.folder / paths["report"]).read_text()
+    plan = json.loads((cli.folder / paths["report"]).with_name("plan.json").read_text())
+    assert len(plan["trials"]) == 4
+    assert all(trial["trial_id"] in report for trial in plan["trials"])
+
+
+def test_the_command_shown_for_a_trial_shows_it(cli: Cli) -> None:
+    done = cli.small("format=int4")
+    command = re.search(r"a trial +python -m experiments (\S.*)$", done.stdout, re.MULTILINE)
+    assert command
+    shown = cli.experiments(*command[1].split())
+    assert shown.returncode == 0
+    assert "wush.Int4" in shown.stdout
+    assert f"{records(cli)[0].metrics.perplexity:.4f}" in shown.stdout
+
+
+def test_showing_a_trial_that_is_not_there_names_those_that_are(cli: Cli) -> None:
+    cli.small()
+    shown = cli.experiments("show", "zzz")
+    assert shown.returncode == 2
+    assert records(cli)[0].trial_id in shown.stderr
+
+
+def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
+    text = cli.folder / "text.txt"
+    text.write_text("Some plain text to look at. " * 50)
+    cli.small("evaluation=text", f"evaluation.path={text}", "algorithm=gptq", "seed=7")
+    (record,) = records(cli)
+    assert record.choices["algorithm"] == "gptq"
+    assert record.config == config("evaluation=text", f"evaluation.path={text}", "algorithm=gptq", "seed=7")
+    assert record.seed == 7
+    assert record.data["evaluation"].text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert record.data["calibration"].tokens == 2 * 32
+    assert [block.index for block in record.blocks] == [0, 1]
+    assert all(block.mse > 0 and len(block.layers) == 7 for block in record.blocks)
+    assert set(record.stages) == {"load", "original", "quantize", "evaluate"}
+    assert all(stage.peak_memory_bytes > 10**7 for stage in record.stages.values())  # type: ignore[operator]
+    assert record.versions["torch"] == torch.__version__
+    folder = ResultStore(cli.folder / "results").trial(record.trial_id)
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "environment.json", "result.json", "trial.log"}
+
+
+def test_a_trial_gives_the_numbers_of_the_library_called_by_hand(cli: Cli) -> None:
+    cli.small("format=nvfp4", "transform=wush", "algorithm=gptq")
+    (record,) = records(cli)
+    from wush.models import load_random
+    from wush.texts import EmbeddedText
+
+    loaded = load_random("llama", 64, 128, 2, 4, 2, 0, "float32", "cpu")
+    sizes = {"windows": 2, "window_length": 32, "batch_size": 4}
+    held_out = EmbeddedText(part="evaluation", **sizes).cut(loaded.tokenizer, "evaluation")
+    calibration = EmbeddedText(part="calibration", seed=0, **sizes).cut(loaded.tokenizer, "calibration")
+    states = wush.original_states(loaded.model, held_out)
+    report = wush.quantize(
+        loaded.model, calibration.split(4), format=wush.NVFP4, transform=wush.Wush(), algorithm=wush.Gptq()
+    )
+    found = wush.evaluate(loaded.model, held_out, states)
+    assert record.metrics.kl == found.kl
+    assert record.metrics.perplexity == found.perplexity
+    assert record.metrics.bits_per_weight == report.bits_per_weight
+    assert [block.mse for block in record.blocks] == [block.mse for block in report.blocks]
+
+
+def test_the_baseline_is_one_trial_and_changes_nothing(cli: Cli) -> None:
+    done = cli.small("-m", "format=bf16", "transform=h,wush", "algorithm=rtn,gptq")
+    assert "1 of 1 trials done" in done.stdout
+    (record,) = records(cli)
+    assert record.metrics.kl == 0
+    assert record.metrics.perplexity == record.metrics.perplexity_original
+    assert record.metrics.bits_per_weight == 32
+
+
+def test_one_failing_trial_does_not_stop_the_others(cli: Cli) -> None:
+    done = cli.small("-m", "model.hidden_size=64,40", "model.heads=4")
+    assert done.returncode == 1
+    reason = "model.layers.0.self_attn.q_proj: in_features 40 is not a multiple of the group size 32 of mxfp4"
+    assert f"failed: {reason}" in " ".join(done.stdout.split())
+    assert "1 of 2 trials done, 1 failed" in done.stdout
+    assert len(records(cli)) == 1
+    (failed,) = cli.folder.rglob("failure.json")
+    assert reason in json.loads(failed.read_text())["reason"]
+    assert "Traceback" in failed.with_name("trial.log").read_text()
+    assert not failed.with_name("result.json").exists()
+    assert reason in next(cli.folder.rglob("table.md")).read_text()
+
+
+def test_a_failed_trial_runs_again_when_its_cause_is_gone(cli: Cli) -> None:
+    text = cli.folder / "text.txt"
+    text.write_text("short")
+    too_short = cli.small("calibration=text", f"calibration.path={text}")
+    assert too_short.returncode == 1
+    assert "calibration text has 5 tokens, 0 windows of 32" in too_short.stderr
+    text.write_text("long enough now " * 30)
+    assert cli.small("calibration=text", f"calibration.path={text}").returncode == 0
+
+
+def test_a_damaged_result_is_reported_moved_aside_and_run_again(cli: Cli) -> None:
+    cli.small()
+    (path,) = cli.folder.rglob("result.json")
+    whole = Record.model_validate_json(path.read_bytes())
+    path.write_text(path.read_text()[:500])
+    again = cli.small()
+    assert again.returncode == 0
+    assert "damaged" in again.stderr
+    assert Record.model_validate_json(path.read_bytes()).metrics == whole.metrics
+    assert len(list(path.parent.glob("result.damaged-*"))) == 1
+
+
+def test_a_full_disk_fails_the_trial_and_leaves_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = sweep.plan([composed(f"results={tmp_path}")], [])
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ResultStore, "finish", full_disk)
+    with pytest.raises(sweep.SweepFailed):
+        sweep.run(planned)
+    assert not list(tmp_path.rglob("result.json"))
+    assert "No space left on device" in next(tmp_path.rglob("failure.json")).read_text()
+
+
+def test_all_config_errors_of_a_sweep_come_together_and_nothing_runs(tmp_path: Path) -> None:
+    configs = [composed(f"results={tmp_path}", f"seed={seed}", f"device={d}") for seed in (-1, 0) for d in ("x", "cpu")]
+    with pytest.raises(ConfigError) as raised:
+        sweep.plan(configs, [])
+    assert len(str(raised.value).splitlines()) == len({"seed", "calibration.seed", "device"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_trial_twice_in_a_sweep_is_run_once() -> None:
+    assert (
+        len(sweep.plan([composed("seed=1"), composed("seed=2"), composed("seed=1", "progress=bars")], []).trials) == 2
+    )
+
+
+def test_labels_are_the_choices_and_what_differs() -> None:
+    found = sweep.label([composed("transform=r", f"seed={seed}") for seed in (0, 1)])
+    assert [one["transform"] for one in found] == ["r", "r"]
+    assert [one["transform.seed"] for one in found] == ["0", "1"]
+    plain = sweep.label([composed("format=mxfp4"), composed("format=nvfp4")])
+    assert all(set(one) == {"model", "format", "transform", "algorithm"} for one in plain)
+
+
+def test_sweep_names_come_from_the_overrides_that_matter() -> None:
+    assert sweep.sweep_name(["format=mxfp4,nvfp4", "transform=h", "progress=bars"]) == "format-mxfp4+nvfp4_transform-h"
+    assert sweep.sweep_name(["tracking=wandb", "hydra/launcher=local"]) == "default"
+    long = [sweep.sweep_name([f"seed={','.join(map(str, range(n)))}"]) for n in (200, 201)]
+    assert long[0] != long[1]
+    assert max(map(len, long)) <= 80

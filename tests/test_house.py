@@ -1,0 +1,57 @@
+"""The rules of the house: what may stand at the top, and who may import whom."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = {
+    "run.py": {"experiments"},
+    "experiments": {"experiments", "wush"},
+    "wush": {"wush", "wush_kernels"},
+    "plots": {"plots", "wush"},
+    "kernels": {"wush_kernels"},
+}
+OURS = {"run", "experiments", "wush", "wush_kernels", "plots"}
+TOP_LEVEL = {
+    *("run.py", "conf", "wush", "kernels", "experiments", "plots", "notebooks", "tests"),
+    *("README.md", "LICENSE", "Makefile", "pyproject.toml", "requirements.lock"),
+}
+
+
+def sources(name: str) -> list[Path]:
+    path = ROOT / name
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_point_one_way(name: str) -> None:
+    for path in sources(name):
+        assert imported(path) & OURS <= ALLOWED[name], path
+
+
+def test_nothing_else_stands_at_the_top() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {path.split("/")[0] for path in tracked}
+    assert {name for name in top if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_modules_are_short_and_say_what_they_are_for() -> None:
+    for name in ("wush", "experiments", "kernels", "plots"):
+        for path in sources(name):
+            text = path.read_text()
+            assert ast.get_docstring(ast.parse(text)), path
+            assert len(text.splitlines()) <= 400, path

@@ -1,0 +1,82 @@
+"""Second moments, their damping and factorizations."""
+
+import logging
+
+import pytest
+import torch
+
+import wush
+from wush.moments import damp, damped_cholesky, diagonal_blocks, lower_factor_of_inverse, weight_moments
+
+
+def test_second_moment_is_the_mean_outer_product_whatever_the_batches(generator: torch.Generator) -> None:
+    x = torch.randn(6, 20, 32, generator=generator)
+    whole, parts = wush.SecondMoment(32), wush.SecondMoment(32)
+    whole.add(x)
+    for batch in x.split(1):
+        parts.add(batch)
+    expected = x.double().flatten(0, 1).T @ x.double().flatten(0, 1) / 120
+    torch.testing.assert_close(whole.matrix, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(whole.matrix, parts.matrix)
+
+
+def test_adding_tokens_renews_what_was_derived(generator: torch.Generator) -> None:
+    moment = wush.SecondMoment(16)
+    moment.add(torch.randn(1, 40, 16, generator=generator))
+    first, factor = moment.matrix, moment.inverse_factor
+    moment.add(torch.randn(1, 40, 16, generator=generator))
+    assert not torch.equal(moment.matrix, first)
+    assert not torch.equal(moment.inverse_factor, factor)
+
+
+def test_moments_without_tokens_or_with_nan_are_errors_that_name_the_layer() -> None:
+    with pytest.raises(wush.NumericError, match="q_proj: no calibration token"):
+        _ = wush.SecondMoment(16, name="q_proj").matrix
+    moment = wush.SecondMoment(16, name="q_proj")
+    moment.add(torch.full((1, 2, 16), torch.nan))
+    with pytest.raises(wush.NumericError, match="q_proj: NaN or infinity"):
+        _ = moment.matrix
+
+
+def test_diagonal_blocks_are_cut_from_the_matrix(generator: torch.Generator) -> None:
+    matrix = torch.randn(12, 12, generator=generator)
+    blocks = diagonal_blocks(matrix, 4)
+    assert blocks.shape == (3, 4, 4)
+    for b in range(3):
+        assert torch.equal(blocks[b], matrix[4 * b : 4 * b + 4, 4 * b : 4 * b + 4])
+
+
+def test_weight_moments_average_over_outputs(generator: torch.Generator) -> None:
+    weight = torch.randn(10, 8, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(weight_moments(weight, 4)[1], weight[:, 4:].T @ weight[:, 4:] / 10)
+
+
+def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 3.0]))
+    assert damp(matrix).diagonal().tolist() == pytest.approx([1.02, 3.02])
+
+
+def test_inverse_factor_is_the_lower_cholesky_of_the_damped_inverse(generator: torch.Generator) -> None:
+    moment = wush.SecondMoment(24)
+    moment.add(torch.randn(1, 100, 24, generator=generator))
+    factor = moment.inverse_factor
+    assert torch.equal(factor, factor.tril())
+    torch.testing.assert_close(factor @ factor.T @ damp(moment.matrix), torch.eye(24, dtype=torch.float64))
+    spd = damp(moment.matrix)
+    torch.testing.assert_close(lower_factor_of_inverse(torch.linalg.cholesky(spd)), factor)
+
+
+def test_a_failed_factorization_is_damped_more_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    good = torch.eye(2, dtype=torch.float64)
+    indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]], dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        factor, damped = damped_cholesky(torch.stack([good, indefinite]), "v_proj")
+    assert "v_proj" in caplog.text
+    torch.testing.assert_close(factor @ factor.mT, damped)
+    # Only the block that failed is damped more: 1 % doubled three times.
+    torch.testing.assert_close(damped, torch.stack([good * 1.01, indefinite + 0.08 * good]))
+
+
+def test_a_hopeless_factorization_is_an_error_with_the_remedy() -> None:
+    with pytest.raises(wush.NumericError, match=r"v_proj.*not positive definite.*quantize\.exclude"):
+        damped_cholesky(torch.zeros(2, 2), "v_proj")
