@@ -37,6 +37,12 @@ def config(*overrides: str) -> dict[str, Any]:
     return composed(*overrides).config
 
 
+def environment() -> dict[str, str]:
+    """The variables of a process that runs this checkout, on one thread."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+
+
 class Cli:
     """Runs `run.py` and `python -m experiments` in a folder of its own, as a user would."""
 
@@ -60,7 +66,7 @@ class Cli:
             capture_output=True,
             text=True,
             timeout=300,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
+            env=environment() | env,
         )
 
 

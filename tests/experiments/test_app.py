@@ -1,6 +1,5 @@
 """The command line: readable errors with their exit codes, and a quick start without heavy imports."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import time
 
 import pytest
 
-from tests.experiments.conftest import ROOT, SMALL, Cli
+from tests.experiments.conftest import ROOT, SMALL, Cli, environment
 
 
 @pytest.mark.parametrize(
@@ -64,8 +63,8 @@ def test_an_untracked_trial_imports_nothing_of_wandb(cli: Cli) -> None:
         "from experiments.app import main; main()\n"
         "print('WANDB', 'wandb' in sys.modules)"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=cli.folder, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=cli.folder, env=environment(), capture_output=True, text=True)
     assert done.stdout.endswith("WANDB False\n"), done.stderr
 
 
@@ -87,7 +86,7 @@ def test_ctrl_c_exits_at_once_and_finished_trials_stay(cli: Cli) -> None:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *many],
         cwd=cli.folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
