@@ -21,7 +21,7 @@ sweep: $(INSTALLED)
 	.venv/bin/python run.py -m format=mxfp4,nvfp4 transform=h,wush $(ARGS)
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	.venv/bin/python -m pytest -n 2 $(ARGS)
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .

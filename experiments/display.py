@@ -23,27 +23,25 @@ SECONDS_WORTH_A_LINE = 5.0
 
 
 class Bars:
-    """Nested bars, one for each loop that is running, with the time left."""
+    """Nested bars, one for each loop that is running, with the time left and what is being worked on."""
 
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
-        self._running: list[tuple[TaskID, str]] = []
+        self._running: list[TaskID] = []
 
     def track(self, items: Iterable[T], what: str, total: int) -> Iterator[T]:
-        indent = "  " * len(self._running)
-        task = self._bars.add_task(f"{indent}{what}", total=total)
-        self._running.append((task, f"{indent}{what}"))
+        task = self._bars.add_task("  " * len(self._running) + what, total=total, detail="")
+        self._running.append(task)
         try:
             for item in items:
                 yield item
                 self._bars.advance(task)
         finally:
-            self._running.remove((task, f"{indent}{what}"))
+            self._running.remove(task)
             self._bars.remove_task(task)
 
     def detail(self, text: str) -> None:
-        task, what = self._running[-1]
-        self._bars.update(task, description=f"{what} [dim]{text}")
+        self._bars.update(self._running[-1], detail=text)
 
 
 class Lines:
@@ -84,6 +82,7 @@ def showing(kind: Literal["auto", "bars", "lines", "none"]) -> Iterator[Progress
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
     )
     with RichProgress(*columns, console=console, transient=True) as bars:
         yield Bars(bars)

