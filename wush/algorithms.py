@@ -23,9 +23,13 @@ class QuantizedWeight:
 
 
 class Algorithm(Protocol):
-    """Quantizes a weight `(O, I)` whose inputs have the second moment `moment`; errors name `what`."""
+    """Quantizes a weight `(O, I)` whose inputs have the second moment `moment`; errors name `what`.
+
+    `needs_whole_moment`: whether it reads more of the moment than its diagonal blocks.
+    """
 
     name: ClassVar[str]
+    needs_whole_moment: ClassVar[bool]
 
     def quantize_weight(
         self, weight_oi: Tensor, moment: SecondMoment, transform: Transform, fmt: Format, what: str = "layer"
@@ -38,6 +42,7 @@ class Rtn:
     """Round to nearest: `W_b T_b^-1`, all blocks at once."""
 
     name: ClassVar[str] = "rtn"
+    needs_whole_moment: ClassVar[bool] = False
 
     def quantize_weight(
         self, weight_oi: Tensor, moment: SecondMoment, transform: Transform, fmt: Format, what: str = "layer"
@@ -53,32 +58,31 @@ class Gptq:
     """GPTQ with block transforms: each column's error is moved onto the columns not yet quantized."""
 
     name: ClassVar[str] = "gptq"
+    needs_whole_moment: ClassVar[bool] = True
 
     def quantize_weight(
         self, weight_oi: Tensor, moment: SecondMoment, transform: Transform, fmt: Format, what: str = "layer"
     ) -> QuantizedWeight:
         size = fmt.group_size
-        moments_ngg = moment.diagonal_blocks(size)
-        factor = moment.inverse_factor
+        moments_ngg, factor = moment.diagonal_blocks(size), moment.inverse_factor
         fitted = transform.fit(weight_oi, moments_ngg, what).to(weight_oi.dtype)
         per_block = fitted.expand_as(moments_ngg).clone()
         global_scale = fmt.weight_global_scale(_transformed(weight_oi, fitted, transform))
         working = weight_oi.double().clone()
-        codes, scales = [], []
-        for n in range(moments_ngg.shape[0]):
+        parts: list[Quantized] = []
+        for n in range(len(moments_ngg)):
             columns, rest = slice(n * size, (n + 1) * size), slice((n + 1) * size, None)
-            block = working[:, columns]
+            block_og, block_factor = working[:, columns], factor[columns, columns]
             if transform.refit and n:
-                per_block[n] = transform.fit(block, moments_ngg[n : n + 1], f"{what} block {n}")[0]
-            block_factor, matrix = factor[columns, columns], per_block[n].double()
-            quantized, values = _sweep_columns(block, block_factor, matrix, fmt, global_scale, what)
-            codes.append(quantized.codes)
-            scales.append(quantized.scales)
-            error = values @ matrix - block
+                per_block[n] = transform.fit(block_og, moments_ngg[n : n + 1], f"{what} block {n}")[0]
+            matrix = per_block[n].double()
+            quantized, values_og = _sweep_columns(block_og, block_factor, matrix, fmt, global_scale, what)
+            parts.append(quantized)
             gain = torch.linalg.solve_triangular(block_factor, factor[rest, columns], upper=False, left=False)
-            working[:, rest] += error @ gain.mT
-        quantized = Quantized(torch.cat(codes, 1), torch.cat(scales, 1), global_scale)
-        return QuantizedWeight(quantized, _stored(per_block if transform.refit else fitted, transform))
+            working[:, rest] += (values_og @ matrix - block_og) @ gain.mT
+        codes, scales = (torch.cat(own, 1) for own in zip(*((p.codes, p.scales) for p in parts), strict=True))
+        stored = _stored(per_block if transform.refit else fitted, transform)
+        return QuantizedWeight(Quantized(codes, scales, global_scale), stored)
 
 
 def _sweep_columns(
@@ -86,21 +90,20 @@ def _sweep_columns(
 ) -> tuple[Quantized, Tensor]:
     """Quantize one block column by column in transformed coordinates; its codes, scales and values `(O, G)`.
 
-    `factor_gg` is `C_bb`; the inverse of the block's transformed effective Hessian is `T^-T C C^T T^-1`.
+    `factor_gg` is `C_bb`. The lower factor `l` of `T^-T C_bb C_bb^T T^-1`, the inverse of the transformed effective
+    Hessian, is the transposed R of a QR factorization, whose signs go with the division by the diagonal.
     """
     inverse = torch.linalg.inv(transform_gg)
-    root = inverse.mT @ factor_gg
-    unit = torch.linalg.cholesky(root @ root.mT)
-    unit = unit / unit.diagonal()
-    x_og = block_og @ inverse
-    scales = fmt.find_scales(x_og, what, global_scale)
-    elements = torch.empty_like(x_og, dtype=torch.float32)
-    for c in range(x_og.shape[1]):
-        column = x_og[:, c : c + 1].float()
-        elements[:, c : c + 1] = fmt.snap(column.unsqueeze(1), scales, global_scale).squeeze(1)
-        value = fmt.expand(elements[:, None, c : c + 1], scales, global_scale).squeeze(1).double()
-        x_og[:, c:] += (value - x_og[:, c : c + 1]) * unit[c:, c]
-    return Quantized(fmt.element.to_codes(elements), scales, global_scale), x_og
+    lower = torch.linalg.qr(factor_gg.mT @ inverse).R.mT
+    lower = lower / lower.diagonal()
+    x_go = (block_og @ inverse).mT.contiguous()
+    scales = fmt.find_scales(x_go.mT, what, global_scale)
+    elements_go = torch.empty_like(x_go, dtype=torch.float32)
+    for c, column in enumerate(x_go):
+        elements_go[c] = fmt.snap(column.float()[:, None, None], scales, global_scale)[:, 0, 0]
+        value = fmt.expand(elements_go[c][:, None, None], scales, global_scale)[:, 0, 0]
+        x_go[c:].addr_(lower[c:, c], value.double() - column)
+    return Quantized(fmt.element.to_codes(elements_go.mT.contiguous()), scales, global_scale), x_go.mT
 
 
 def _transformed(weight_oi: Tensor, matrix: Tensor, transform: Transform) -> Tensor:

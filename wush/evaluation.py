@@ -48,7 +48,10 @@ def original_states(
             model(input_ids=batch.to(_device(model)), use_cache=False)
     finally:
         handle.remove()
-    return torch.cat(states)
+    found = torch.cat(states)
+    if not found.isfinite().all():
+        raise NumericError("the original model's last hidden states are not finite; its weights are damaged")
+    return found
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def evaluate(
             kl += F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
             agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             count += targets.numel()
-    if not math.isfinite(nll):
+    if not all(map(math.isfinite, (nll, nll_original, kl))):
         raise NumericError("the quantized model's logits are not finite")
     return Evaluation(math.exp(nll / count), math.exp(nll_original / count), kl / count, agree / count, count)
 

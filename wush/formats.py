@@ -73,10 +73,10 @@ class Format(ABC):
         return self.group_scales(x_ng, amax_n, self.global_scale if global_scale is None else global_scale)
 
     def snap(self, x_ng: Tensor, scales: Tensor, global_scale: float) -> Tensor:
-        """Nearest elements, float32, of groups `(..., N, G)` with scales `(..., N)`: of `x / g / s`, 0 where s = 0."""
+        """Nearest elements, float32, of groups `(..., N, G)` with scales `(..., N)`: of `x / s / g`, 0 where s = 0."""
         scales = scales.float().unsqueeze(-1)
-        units = x_ng * (1 / global_scale)
-        return self.element.snap(units.div_(scales.masked_fill(scales == 0, torch.inf)))
+        units = x_ng / scales.masked_fill(scales == 0, torch.inf)
+        return self.element.snap(units.mul_(1 / global_scale))
 
     def expand(self, elements_ng: Tensor, scales: Tensor, global_scale: float) -> Tensor:
         """Values `(..., N, G)` of elements: `element * s * g`, float32."""
@@ -129,10 +129,8 @@ def check_groups(in_features: int, fmt: Format, what: str) -> None:
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """`2^exponent` as E8M0; clamped so that every element and its quotient stay finite in float32."""
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(-125, 124)).to(
-        torch.float8_e8m0fnu
-    )
+    """`2^exponent` as E8M0 for int32 exponents, of which those below -127 become -127."""
+    return (exponent.clamp(min=-127) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _floor_log2(x: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ def _floor_log2(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
-    """OCP MXFP4. `scale_rule="paper"`: g = 1/3, nothing clips; `"ocp"`: g = 1, values in (6, 8) clip."""
+    """OCP MXFP4. `scale_rule="paper"`: g = 1/3, nothing below 2^127 clips; `"ocp"`: g = 1, values in (6, 8) clip."""
 
     scale_rule: Literal["paper", "ocp"] = "paper"
     name: ClassVar[str] = "mxfp4"
@@ -162,7 +160,8 @@ class Mxfp4(Format):
 
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
         exponent = _floor_log2(amax_n)
-        return _power_of_two(exponent if self.scale_rule == "paper" else exponent - 2)
+        # 2^127 is left to no scale: with it the largest element, 6/3 * 2^127, would be infinite in float32.
+        return _power_of_two(exponent.clamp(max=126) if self.scale_rule == "paper" else exponent - 2)
 
 
 @dataclass(frozen=True)

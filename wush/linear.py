@@ -1,5 +1,6 @@
 """`QuantLinear`: a linear layer with 4-bit weights and activations that are quantized at every forward."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,8 +13,9 @@ class QuantLinear(nn.Module):
     """`y = Q(T x) W_q^T + bias`, the drop-in replacement of an `nn.Linear` (method: a transformed linear layer).
 
     Buffers: `packed_weight` `(O, I * bits / 8)` uint8; `scales` `(O, N)`; `transform` `(N, G, G)`, `(G, G)` or
-    None in the model's dtype; `bias` `(O,)` or None. Activations are rounded to nearest in the same format. The
-    product is computed in float32 of the dequantized operands and returned in the input's dtype.
+    None in the model's dtype; `bias` `(O,)` or None. The global scale travels with the state dict. Activations are
+    rounded to nearest in the same format. The product is computed in float32 of the dequantized operands and
+    returned in the input's dtype.
     """
 
     packed_weight: Tensor
@@ -51,6 +53,14 @@ class QuantLinear(nn.Module):
         if self.bias is not None:
             product += self.bias
         return product.to(x.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """The global scale, `(1,)` float64."""
+        return torch.tensor([self.global_scale], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the global scale from a state dict."""
+        self.global_scale = state.item()
 
     def storage_bits(self) -> int:
         """Bits stored for the weight: codes, scales and the layer's own transform, `(N, G, G)`.

@@ -18,39 +18,58 @@ MAX_DOUBLINGS = 10
 
 
 class SecondMoment:
-    """`H = E[x x^T]` of the inputs of one or more linears, accumulated in float64 on the inputs' device."""
+    """`H = E[x x^T]` of the inputs of one or more linears, accumulated in float64 on the inputs' device.
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input") -> None:
+    With a `block_size` only the diagonal blocks of that size are kept: all that RTN needs, at a fraction of the cost.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        name: str = "input",
+        block_size: int | None = None,
+    ) -> None:
         self.name = name
         self.tokens = 0
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self._block_size = block_size or in_features
+        shape = (in_features // self._block_size, self._block_size, self._block_size)
+        self._sums_ngg = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Accumulate inputs `(..., M, I)`: one float32 product a leading index, so that batching changes no bit."""
         for x_mi in x.detach().reshape(-1, *x.shape[-2:]).float():
-            self._sum += x_mi.T @ x_mi
+            x_ngm = x_mi.unflatten(1, (-1, self._block_size)).permute(1, 2, 0)
+            self._sums_ngg += x_ngm @ x_ngm.mT
             self.tokens += x_mi.shape[0]
-        self.__dict__.pop("matrix", None)
-        self.__dict__.pop("inverse_factor", None)
+        for derived in ("_means_ngg", "inverse_factor"):
+            self.__dict__.pop(derived, None)
 
     @cached_property
-    def matrix(self) -> Tensor:
-        """`H`, `(I, I)` float64; raises `NumericError` when no token or a non-finite one was seen."""
+    def _means_ngg(self) -> Tensor:
         if not self.tokens:
             raise NumericError(f"{self.name}: no calibration token reached this input")
-        if not self._sum.isfinite().all():
+        if not self._sums_ngg.isfinite().all():
             raise NumericError(f"{self.name}: NaN or infinity in the calibration activations")
-        return self._sum / self.tokens
+        return self._sums_ngg / self.tokens
+
+    @property
+    def matrix(self) -> Tensor:
+        """`H`, `(I, I)` float64; raises `NumericError` when no token or a non-finite one was seen."""
+        if len(self._sums_ngg) > 1:
+            raise ValueError(f"{self.name}: only diagonal blocks of {self._block_size} were kept of this moment")
+        return self._means_ngg[0]
 
     def diagonal_blocks(self, block_size: int) -> Tensor:
-        """`M_X`, the `(N, G, G)` diagonal blocks of `H`."""
+        """`M_X`, the `(N, G, G)` diagonal blocks of `H`; errors as `matrix`."""
+        if block_size == self._block_size:
+            return self._means_ngg
         return diagonal_blocks(self.matrix, block_size)
 
     @cached_property
     def inverse_factor(self) -> Tensor:
-        """`C`, lower triangular with `C C^T = damp(H)^-1`, `(I, I)` float64."""
-        factor = damped_cholesky(self.matrix, self.name)[0]
-        return lower_factor_of_inverse(factor)
+        """`C`, lower triangular with `C C^T = damp(H)^-1`, `(I, I)` float64; errors as `matrix`."""
+        return inverse_factor(self.matrix, self.name)
 
 
 def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
@@ -94,6 +113,13 @@ def damped_cholesky(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     )
 
 
-def lower_factor_of_inverse(factor: Tensor) -> Tensor:
-    """Lower `C` with `C C^T = (L L^T)^-1`, given the lower Cholesky factor `L`, for one matrix or a batch."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor))
+def inverse_factor(matrix: Tensor, what: str) -> Tensor:
+    """Lower `C` with `C C^T = damp(M)^-1`, `(I, I)`; errors as `damped_cholesky`.
+
+    The Cholesky factor of the matrix with both orders reversed is, reversed back, an upper `U` with
+    `U U^T = damp(M)`; then `C = U^-T`.
+    """
+    reversed_lower, _ = damped_cholesky(matrix.flip(0, 1), what)
+    upper = reversed_lower.flip(0, 1)
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True).mT.contiguous()

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wush.moments import damped_cholesky, weight_moments
+from wush.errors import NumericError
+from wush.moments import damp, damped_cholesky, weight_moments
 
 
 class Transform(ABC):
@@ -72,8 +73,12 @@ class Wus(Transform):
 
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
         lower, _ = damped_cholesky(weight_moments(weight_oi, moments_ngg.shape[-1]), f"{what} weight")
-        _, damped_x = damped_cholesky(moments_ngg.double(), f"{what} input")
-        squared, vectors = torch.linalg.eigh(lower.mT @ damped_x @ lower)
+        squared, vectors = torch.linalg.eigh(lower.mT @ damp(moments_ngg.double()) @ lower)
+        if not (squared > 0).all():
+            raise NumericError(
+                f"{what} input: second moment is not positive definite (a group of channels may be all zero); "
+                "calibrate on more text or leave the layer out with quantize.exclude=[...]"
+            )
         # S^2 are the eigenvalues, so S^-1/2 is their power -1/4.
         return squared.pow(-0.25).unsqueeze(-1) * (vectors.mT @ lower.mT)
 

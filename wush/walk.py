@@ -86,7 +86,8 @@ def quantize(
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
     as `*.down_proj`. `on_block` is called as each block is done. Raises `ValueError` for a layer that does not fit
-    the format, before any work; `UnsupportedModelError`; `NumericError` that names the layer.
+    the format or a pattern that excludes nothing, before any work; `UnsupportedModelError`; `NumericError` that
+    names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
@@ -94,30 +95,38 @@ def quantize(
     blocks_name, blocks = find_blocks(model)
     report = QuantizationReport()
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
+    _check_excludes(exclude, report, blocks_name, blocks)
     _check_layers(blocks_name, blocks, chosen, format)
     calls = _record_batches(model, blocks, batches, progress)
     for index, block in progress.track(enumerate(blocks), "decoder blocks", len(blocks)):
         started = time.perf_counter()
-        name = f"{blocks_name}.{index}"
-        progress.detail(f"{name} second moments")
-        groups, outputs = _calibrate(name, block, calls, index, chosen[index], progress)
+        name, device = f"{blocks_name}.{index}", next(block.parameters()).device
+        moment_size = None if algorithm.needs_whole_moment else format.group_size
+        groups, outputs = _calibrate(name, block, calls, index, chosen[index], moment_size, device, progress)
         layers = _quantize_layers(name, block, groups, format, transform, algorithm, progress)
         for missing in set(chosen[index]) - {layer.name for layer in layers}:
             report.skipped[f"{name}.{missing}"] = "the block's forward does not run it"
             log.warning("%s.%s: not quantized, the block's forward does not run it", name, missing)
         progress.detail(f"{name} output error")
-        mse, relative = _advance(block, calls, index, outputs)
+        mse, relative = _advance(block, calls, index, outputs, device)
         if not mse < float("inf"):
             raise NumericError(f"{name}: the quantized block's output is not finite")
         done = BlockReport(index, name, mse, relative, time.perf_counter() - started, tuple(layers))
         report.blocks.append(done)
         if on_block:
             on_block(done)
+    if not any(block.layers for block in report.blocks):
+        raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
     return report
 
 
 def _choose(name: str, block: nn.Module, exclude: Sequence[str], report: QuantizationReport) -> list[str]:
-    """The linears of a block to quantize; those excluded are noted in the report."""
+    """The linears of a block to quantize; what is left as it is, excluded or no `nn.Linear`, goes into the report."""
+    for parameter_name, parameter in block.named_parameters():
+        owner = block.get_submodule(parameter_name.rpartition(".")[0])
+        if parameter.ndim > 1 and not isinstance(owner, nn.Linear):
+            report.skipped[f"{name}.{parameter_name}"] = f"{type(owner).__name__} is no nn.Linear"
+            log.warning("%s.%s: not quantized, %s is no nn.Linear", name, parameter_name, type(owner).__name__)
     names = []
     for linear in linears(block):
         pattern = next((p for p in exclude if fnmatch.fnmatchcase(f"{name}.{linear}", p)), None)
@@ -156,34 +165,69 @@ def _record_batches(
     return [record_calls(model, blocks, batch.to(device)) for batch in tracked]
 
 
+def _check_excludes(
+    exclude: Sequence[str], report: QuantizationReport, blocks_name: str, blocks: nn.ModuleList
+) -> None:
+    useless = [p for p in exclude if f"excluded by {p!r}" not in report.skipped.values()]
+    if useless:
+        known = ", ".join(f"{blocks_name}.0.{linear}" for linear in linears(blocks[0]))
+        raise ValueError(f"quantize.exclude={useless} matches no linear; the first decoder block has: {known}")
+
+
 def _calibrate(
-    name: str, block: nn.Module, calls: list[BlockCalls], index: int, names: list[str], progress: Progress
+    name: str,
+    block: nn.Module,
+    calls: list[BlockCalls],
+    index: int,
+    names: list[str],
+    moment_size: int | None,
+    device: torch.device,
+    progress: Progress,
 ) -> tuple[list[_Group], list[Tensor]]:
     """Run the batches through the original block: second moments of its inputs, and its outputs `(B, M, I)`."""
-    groups: list[_Group] = []
+    groups: dict[str, _Group] = {}
     outputs = []
-    device = next(block.parameters()).device
     for number, call in enumerate(calls):
         progress.detail(f"{name} second moments, batch {number + 1} of {len(calls)}")
         with linear_inputs(block, names) as seen:
             outputs.append(run_block(block, call.hidden.to(device), call.arguments[index]).cpu())
-        if not groups:
-            groups = _group_by_input(name, seen)
-        for group in groups:
-            for x in seen[group.names[0]]:
-                group.moment.add(x)
-    return groups, outputs
+        for together in _by_input(seen):
+            for group in _groups_of(name, together, seen, groups, moment_size):
+                for x in seen[together[0]]:
+                    group.moment.add(x)
+    return list({id(group): group for group in groups.values()}.values()), outputs
 
 
-def _group_by_input(name: str, seen: dict[str, list[Tensor]]) -> list[_Group]:
+def _by_input(seen: dict[str, list[Tensor]]) -> list[list[str]]:
+    """The linears that ran, those fed by the same tensors together."""
     by_tensors: dict[tuple[int, ...], list[str]] = {}
     for linear, inputs in seen.items():
         if inputs:
             by_tensors.setdefault(tuple(id(x) for x in inputs), []).append(linear)
-    return [
-        _Group(group, SecondMoment(seen[group[0]][0].shape[-1], seen[group[0]][0].device, f"{name}.{group[0]}"))
-        for group in by_tensors.values()
-    ]
+    return list(by_tensors.values())
+
+
+def _groups_of(
+    name: str,
+    together: list[str],
+    seen: dict[str, list[Tensor]],
+    groups: dict[str, _Group],
+    moment_size: int | None,
+) -> list[_Group]:
+    """The groups that linears seen together belong to; those not seen before become one group of their own."""
+    new = [linear for linear in together if linear not in groups]
+    if new:
+        x = seen[new[0]][0]
+        size = moment_size if moment_size and x.shape[-1] % moment_size == 0 else None
+        group = _Group(new, SecondMoment(x.shape[-1], x.device, f"{name}.{new[0]}", size))
+        groups |= dict.fromkeys(new, group)
+    found = list({id(groups[linear]): groups[linear] for linear in together}.values())
+    for group in found:
+        if not set(group.names) <= set(together):
+            raise UnsupportedModelError(
+                f"{name}: {', '.join(group.names)} share their input in one calibration batch and not in another"
+            )
+    return found
 
 
 def _quantize_layers(
@@ -209,15 +253,17 @@ def _quantize_layers(
     return layers
 
 
-def _advance(block: nn.Module, calls: list[BlockCalls], index: int, originals: list[Tensor]) -> tuple[float, float]:
+def _advance(
+    block: nn.Module, calls: list[BlockCalls], index: int, originals: list[Tensor], device: torch.device
+) -> tuple[float, float]:
     """Replace each batch's hidden states by the quantized block's outputs; its mean squared error, and relative."""
     error = power = 0.0
     count = 0
     for call, original in zip(calls, originals, strict=True):
-        output = run_block(block, call.hidden.to(next(block.buffers()).device), call.arguments[index]).cpu()
+        output = run_block(block, call.hidden.to(device), call.arguments[index]).cpu()
         difference = output.double() - original.double()
         error += difference.square().sum().item()
         power += original.double().square().sum().item()
         count += original.numel()
         call.hidden = output
-    return error / count, error / power
+    return error / count, error / power if power else float(error > 0)

@@ -54,9 +54,10 @@ def test_packed_weights_decode_to_what_was_quantized(fmt: wush.Format, generator
     assert torch.equal(wush.QuantLinear(weight, fmt).weight(), fmt.dequantize(weight.quantized))
 
 
-def test_state_dict_brings_a_layer_back_bit_for_bit(generator: torch.Generator) -> None:
-    _, ours = quantized(generator)
-    _, other = quantized(generator)
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.Nvfp4("calibrated")], ids=lambda f: f.name)
+def test_state_dict_brings_a_layer_back_bit_for_bit(fmt: wush.Format, generator: torch.Generator) -> None:
+    _, ours = quantized(generator, fmt)
+    _, other = quantized(generator, fmt)
     x = torch.randn(3, 64, generator=generator)
     assert not torch.equal(other(x), ours(x))
     other.load_state_dict(ours.state_dict())

@@ -156,6 +156,58 @@ def test_excluded_linears_stay_and_are_named(generator: torch.Generator) -> None
     assert report.skipped["model.layers.2.mlp.down_proj"] == "excluded by '*.down_proj'"
 
 
+def test_a_pattern_that_excludes_nothing_is_an_error_that_shows_names(generator: torch.Generator) -> None:
+    with pytest.raises(
+        ValueError, match=r"exclude=\['down_proj'\] matches no linear.*model\.layers\.0\.mlp\.down_proj"
+    ):
+        quantize(tiny("llama"), tokens(generator), exclude=["down_proj", "*.up_proj"])
+
+
+def test_a_block_can_be_excluded_whole(generator: torch.Generator) -> None:
+    report = quantize(tiny("llama"), tokens(generator), exclude=["model.layers.1.*"])
+    assert [len(block.layers) for block in report.blocks] == [7, 0, 7]
+    assert report.blocks[1].mse == 0
+
+
+def test_weights_that_are_no_linears_are_named_as_left_out(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=2, num_experts_per_tok=1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    report = quantize(model, tokens(generator))
+    left = [name for name in report.skipped if "experts" in name]
+    assert len(left) == 3 * 2
+    assert "is no nn.Linear" in caplog.text
+
+
+class Alternating(nn.Module):
+    """Two linears, of which short and long batches run one each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.long = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + (self.long if hidden_states.shape[1] > 8 else self.short)(hidden_states)
+
+
+class AlternatingModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.stages = nn.Embedding(50, 32), nn.ModuleList([Alternating()])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        return self.stages[0](self.embed(input_ids))
+
+
+def test_a_linear_that_only_a_later_batch_runs_is_quantized(generator: torch.Generator) -> None:
+    model, ids = AlternatingModel(), torch.randint(0, 50, (2, 16), generator=generator)
+    options = {"format": wush.MXFP4, "transform": wush.Wush(), "algorithm": wush.Gptq()}
+    report = wush.quantize(model, [ids[:, :8], ids], **options)  # type: ignore[arg-type]
+    assert {layer.name for layer in report.blocks[0].layers} == {"short", "long"}
+    assert not report.skipped
+
+
 def test_biases_are_kept(generator: torch.Generator) -> None:
     model = tiny("gpt_neox")
     bias = model.gpt_neox.layers[0].mlp.dense_h_to_4h.bias.detach().clone().uniform_(-1, 1)
