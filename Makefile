@@ -1,11 +1,12 @@
 # make sweep: the main job. make test: the CPU test suite. Both make .venv from the lock file first.
 # ARGS adds Hydra overrides to the sweep (make sweep ARGS="algorithm=rtn,gptq") or options to pytest.
+# make bench: the times, memory and ratios that the project promises, measured here.
 
 PYTHON ?= python3
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: install sweep test check lock clean
+.PHONY: install sweep test bench check lock clean
 
 install: $(INSTALLED)
 
@@ -23,14 +24,17 @@ sweep: $(INSTALLED)
 test: $(INSTALLED)
 	.venv/bin/python -m pytest -n 2 $(ARGS)
 
+bench: $(INSTALLED)
+	.venv/bin/python -m experiments bench $(ARGS)
+
 check: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
 # Pins what pyproject.toml asks for; torch without its build tag, so that any build of that version will do.
-lock:
-	$(PYTHON) -m piptools compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+lock: $(INSTALLED)
+	.venv/bin/python -m piptools compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
 		--no-emit-trusted-host --no-annotate --no-header --upgrade --output-file requirements.lock pyproject.toml
 	sed -i 's/^torch==\([0-9.]*\)+.*/torch==\1/' requirements.lock
 

@@ -1,27 +1,39 @@
-"""`python -m experiments show TRIAL`: look at a trial again, by its id or the first digits of it."""
+"""`python -m experiments show TRIAL`: look at a trial again, by its id or the first digits of it.
+
+`python -m experiments bench`: measure what the project promises, on this machine.
+"""
 
 import argparse
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
+from experiments import benchmark
 from experiments.display import duration
 from experiments.records import Record
-from experiments.store import ResultStore
+from experiments.schema import ConfigError
+from experiments.store import DamagedRecord, ResultStore
 from experiments.summary import shown
 
 
 def main() -> int:
     """Run the command line; the exit code is 2 for a trial that is not there."""
-    parser = argparse.ArgumentParser(prog="python -m experiments", description="Look at recorded trials.")
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(prog="python -m experiments", description="Look at recorded trials, or measure.")
+    commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="a trial's metrics, costs, worst decoder blocks and config")
     show.add_argument("trial", help="a trial's id, or the first digits of it")
     show.add_argument("--results", default="results", help="the folder of the result store (default: results)")
+    bench = commands.add_parser("bench", help="times, memory and ratios of this checkout on this machine")
+    bench.add_argument("--quick", action="store_true", help="a tiny random model in place of the embedded one")
+    bench.add_argument("--results", type=Path, help="keep the trials in this empty folder (default: a temporary one)")
+    bench.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
+    if arguments.command == "bench":
+        return benchmark.main(arguments.quick, arguments.results, arguments.output)
     return show_trial(ResultStore(arguments.results), arguments.trial)
 
 
@@ -33,7 +45,12 @@ def show_trial(store: ResultStore, prefix: str) -> int:
         what = "several trials begin" if ids else "no trial begins"
         print(f"{what} with {prefix!r} in {shown(store.root)}; there are: {known}", file=sys.stderr)
         return 2
-    record, failure, console = store.record(ids[0]), store.failure(ids[0]), Console()
+    try:
+        record = store.record(ids[0])
+    except (DamagedRecord, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    failure, console = store.failure(ids[0]), Console()
     folder = shown(store.trial(ids[0]))
     if record is not None:
         _print_record(console, record)
@@ -54,10 +71,11 @@ def _print_record(console: Console, record: Record) -> None:
         ("perplexity", f"{metrics.perplexity:.4f} (original {metrics.perplexity_original:.4f})"),
         ("KL", f"{metrics.kl:.5f} nats"),
         ("top-1", f"{100 * metrics.top1:.2f}%"),
+        ("predictions", f"{metrics.predictions:,}"),
         ("bits a weight", f"{metrics.bits_per_weight:.3f}"),
         *((f"{name} took", _cost(record, name)) for name in record.stages),
         ("worst blocks", _worst(record)),
-        ("ran on", f"{record.host}, {record.device}"),
+        ("ran on", f"{record.environment.get('host')}, {record.environment.get('device')}"),
         ("at", f"{record.started_at:%Y-%m-%d %H:%M} UTC, commit {record.git_commit or 'unknown'}"),
         *(("warning", warning) for warning in record.warnings),
         *(("skipped", f"{layer}: {reason}") for layer, reason in record.skipped.items()),

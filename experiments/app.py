@@ -23,6 +23,7 @@ from experiments.launchers import as_composed
 from experiments.schema import ConfigError
 
 CONF = Path(__file__).parent.parent / "conf"
+GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -53,6 +54,11 @@ def _readable_errors() -> Iterator[None]:
         for line in explain(error).splitlines():
             print(f"config error: {line}", file=sys.stderr)
         sys.exit(2)
+    except ValueError as error:
+        if not str(error).startswith("Config group override must be"):  # Hydra's, for group=null and group=1
+            raise
+        print(f"config error: {_unknown_option()}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"error: {error}; finished trials stay, and the same command goes on with the rest", file=sys.stderr)
         sys.exit(1)
@@ -66,15 +72,31 @@ def _readable_errors() -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """The message of a config error, with the keys or options that would have been valid."""
     text = str(error)
+    if isinstance(error, MissingConfigException) and text.startswith("Cannot find primary config"):
+        return f"--config-name {error.missing_cfg_file}: no such config; leave the option out, there is one config only"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"{group}={option}: unknown option; {group} has: {', '.join(error.options)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: a value is needed; set {error.full_key}=..."
+    interpolated = re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text)
+    if interpolated:
+        return f"{interpolated[2]}: there is no {interpolated[1]} to take its value from; set {interpolated[2]}=..."
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", f"{text}\n{error.__cause__}")
     if unknown:
         return _unknown_key(unknown[2])
     return text
+
+
+def _unknown_option() -> str:
+    """The override that gives a group something that is no name of an option."""
+    for argument in sys.argv[1:]:
+        group, _, values = argument.lstrip("+").partition("=")
+        options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        for value in values.split(","):
+            if group in GROUPS and value not in options:
+                return f"{group}={value}: unknown option; {group} has: {', '.join(options)}"
+    return "a group has no option of that name; see run.py --help"
 
 
 def _unknown_key(full_key: str) -> str:

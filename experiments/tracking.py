@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracking(Protocol):
-    """A tracker of one trial at a time: `start`, then each `block`, then `finish` or `fail`."""
+    """A tracker of one trial at a time: `start`, then each `block`, then `finish` or `fail`; or `skip` alone."""
 
     def start(self, trial_id: str, choices: dict[str, str], config: dict[str, Any], sweep: str, root: Path) -> None:
         """A trial begins, or goes on under the same id."""
@@ -30,6 +30,9 @@ class Tracking(Protocol):
 
     def fail(self, reason: str) -> None:
         """The trial failed."""
+
+    def skip(self, trial_id: str) -> None:
+        """The trial was done already."""
 
 
 class NoTracking:
@@ -47,6 +50,9 @@ class NoTracking:
     def fail(self, reason: str) -> None:
         pass
 
+    def skip(self, trial_id: str) -> None:
+        pass
+
 
 class WandbTracking:
     """One Weights & Biases run a trial: its id is the trial's, so that a repeated trial continues its run.
@@ -58,6 +64,7 @@ class WandbTracking:
     def __init__(self, project: str, entity: str | None, mode: Literal["auto", "online", "offline"]) -> None:
         self._project, self._entity, self._mode = project, entity, mode
         self._run: wandb.Run | None = None
+        self._told = False
 
     def start(self, trial_id: str, choices: dict[str, str], config: dict[str, Any], sweep: str, root: Path) -> None:
         self._run = None
@@ -82,23 +89,28 @@ class WandbTracking:
 
         self._with_run(write)
 
+    def skip(self, trial_id: str) -> None:
+        log.info("trial %s: already done, not logged again", trial_id)
+
     def _start(self, trial_id: str, choices: dict[str, str], config: dict[str, Any], sweep: str, root: Path) -> None:
         import wandb
 
         mode: Any = self._mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        if mode == "offline":
-            log.info("W&B is offline; to upload this trial later: wandb sync %s", root / "wandb" / f"*-{trial_id}")
+        if mode == "offline" and not self._told:
+            self._told = True
+            log.info("W&B is offline; to upload the runs later: wandb sync %s", root / "wandb" / "offline-run-*")
+        telling = [choices[key] for key in ("model", "format", "transform", "algorithm") if key in choices]
         self._run = wandb.init(
             project=self._project,
             entity=self._entity,
             id=trial_id,
             resume="allow",
-            name=" ".join(choices[key] for key in ("model", "format", "transform", "algorithm")),
+            name=" ".join(telling),
             group=sweep,
-            job_type=choices["algorithm"],
-            tags=sorted({choices[key] for key in ("model", "format", "transform", "algorithm")}),
+            job_type=choices.get("algorithm", "baseline"),
+            tags=sorted(set(telling)),
             config=config,
             dir=root,
             mode=mode,

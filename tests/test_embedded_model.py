@@ -33,15 +33,37 @@ def test_the_original_is_a_language_model(smollm2: LoadedModel) -> None:
     assert found.kl == 0
 
 
-def test_wush_beats_wus_beats_hadamard_beats_identity_by_far(smollm2: LoadedModel) -> None:
-    calibration, held_out = windows(smollm2, "calibration", 6), windows(smollm2, "evaluation", 2)
-    states = wush.original_states(smollm2.model, held_out)
+def gaps(
+    loaded: LoadedModel, algorithm: wush.Rtn | wush.Gptq, *transforms: wush.Transform
+) -> dict[str, wush.Evaluation]:
+    """Each transform's evaluation of the model in MXFP4."""
+    calibration, held_out = windows(loaded, "calibration", 6), windows(loaded, "evaluation", 3)
+    states = wush.original_states(loaded.model, held_out)
     found = {}
-    for transform in (wush.Identity(), wush.Hadamard(), wush.Wus(), wush.Wush()):
-        model = copy.deepcopy(smollm2.model)
-        wush.quantize(model, calibration.split(2), format=wush.MXFP4, transform=transform, algorithm=wush.Rtn())
+    for transform in transforms:
+        model = copy.deepcopy(loaded.model)
+        wush.quantize(model, calibration.split(2), format=wush.MXFP4, transform=transform, algorithm=algorithm)
         found[transform.name] = wush.evaluate(model, held_out, states)
-    gap = {name: result.perplexity - result.perplexity_original for name, result in found.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def rtn(smollm2: LoadedModel) -> dict[str, wush.Evaluation]:
+    return gaps(smollm2, wush.Rtn(), wush.Identity(), wush.Hadamard(), wush.Wus(), wush.Wush())
+
+
+def test_wush_beats_wus_beats_hadamard_beats_identity_by_far(rtn: dict[str, wush.Evaluation]) -> None:
+    gap = {name: result.perplexity - result.perplexity_original for name, result in rtn.items()}
     assert gap["wush"] < 0.8 * gap["wus"] < gap["wus"] < gap["h"] < gap["i"]
     assert gap["h"] > 3 * gap["wush"]
-    assert found["wush"].kl < 0.4 < found["h"].kl
+
+
+def test_the_divergence_of_wush_is_at_most_two_fifths_of_hadamards(rtn: dict[str, wush.Evaluation]) -> None:
+    assert rtn["wush"].kl <= 0.4 * rtn["h"].kl
+
+
+def test_gptq_beats_rtn_with_hadamard_and_with_wush(smollm2: LoadedModel, rtn: dict[str, wush.Evaluation]) -> None:
+    gptq = gaps(smollm2, wush.Gptq(), wush.Hadamard(), wush.Wush())
+    for name, found in gptq.items():
+        assert found.perplexity < rtn[name].perplexity
+        assert found.kl < rtn[name].kl

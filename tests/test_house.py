@@ -37,7 +37,7 @@ def imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("name", ALLOWED)
+@pytest.mark.parametrize("name", [name for name in ALLOWED if (ROOT / name).exists()])
 def test_imports_point_one_way(name: str) -> None:
     for path in sources(name):
         assert imported(path) & OURS <= ALLOWED[name], path

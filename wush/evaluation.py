@@ -20,6 +20,10 @@ from wush.progress import Progress, Silent
 from wush.transforms import apply_blocks
 
 
+# Nats a token; beyond them the perplexity is no float64.
+LARGEST_NLL = 700.0
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """`perplexity`; against the original: its perplexity, mean `KL(original || model)` in nats, top-1 share."""
@@ -84,8 +88,8 @@ def evaluate(
             kl += F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
             agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             count += targets.numel()
-    if not all(map(math.isfinite, (nll, nll_original, kl))):
-        raise NumericError("the quantized model's logits are not finite")
+    if not max(nll, nll_original) / count < LARGEST_NLL or not math.isfinite(kl):
+        raise NumericError("the quantized model's logits are not finite, or give the text no probability")
     return Evaluation(math.exp(nll / count), math.exp(nll_original / count), kl / count, agree / count, count)
 
 

@@ -186,7 +186,9 @@ class Nvfp4(Format):
 
     def weight_global_scale(self, weight: Tensor) -> float:
         amax = weight.abs().max().item()
-        return amax / (E2M1_MAX * E4M3_MAX) if self.scale_rule == "calibrated" and amax else self.global_scale
+        if self.scale_rule == "fixed" or not amax:
+            return self.global_scale
+        return max(amax / (E2M1_MAX * E4M3_MAX), 2.0**-126)  # 1 / g stays finite in float32
 
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
         scales = amax_n / (E2M1_MAX * global_scale)
@@ -213,7 +215,7 @@ class Int4(Format):
         if self.scale_rule == "absmax":
             return (amax_n / 7).bfloat16()
         rms = x_ng.double().square().mean(-1).sqrt()
-        return (2 * GAUSSIAN_CLIP_4BIT / 15 * rms).bfloat16()
+        return (2 * GAUSSIAN_CLIP_4BIT / 15 * rms).clamp_(max=4e37).bfloat16()  # 7.5 s stays finite in float32
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,14 @@ def quantize(
     transform: Transform,
     algorithm: Algorithm,
     exclude: Sequence[str] = (),
+    report: QuantizationReport | None = None,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
-) -> QuantizationReport:
-    """Replace the linears of every decoder block by `QuantLinear`s, in place, and report each block's error.
+) -> nn.Module:
+    """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `on_block` is called as each block is done. Raises `ValueError` for a layer that does not fit
+    as `*.down_proj`. `report` is filled with each block's error as it is done, and `on_block` called. Raises `ValueError` for a layer that does not fit
     the format or a pattern that excludes nothing, before any work; `UnsupportedModelError`; `NumericError` that
     names the layer.
     """
@@ -93,7 +94,7 @@ def quantize(
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already; load the original again")
     blocks_name, blocks = find_blocks(model)
-    report = QuantizationReport()
+    report = QuantizationReport() if report is None else report
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
     _check_excludes(exclude, report, blocks_name, blocks)
     _check_layers(blocks_name, blocks, chosen, format)
@@ -117,7 +118,7 @@ def quantize(
             on_block(done)
     if not any(block.layers for block in report.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
-    return report
+    return model
 
 
 def _choose(name: str, block: nn.Module, exclude: Sequence[str], report: QuantizationReport) -> list[str]:

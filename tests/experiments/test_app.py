@@ -23,6 +23,14 @@ from tests.experiments.conftest import ROOT, SMALL, Cli, environment
         (["evaluation=text", "evaluation.path=/no/such"], "text file '/no/such': [Errno 2] No such file"),
         (["results=/dev/null/x"], "cannot be written (Not a directory)"),
         (["-m", "seed=interval(0,1)"], "seed=interval(0,1): not a list of values"),
+        (["format=null"], "format=null: unknown option; format has: bf16, int4, mxfp4, mxfp8, nvfp4"),
+        (["-m", "transform=h,null"], "transform=null: unknown option; transform has: h, i, r, wus, wush"),
+        (["--config-name", "foo"], "--config-name foo: no such config; leave the option out"),
+        (["~format._target_"], "format._target_: missing; choose an option with format=..."),
+        (["~seed"], "calibration.seed: there is no seed to take its value from; set calibration.seed=..."),
+        (["device=cuda:99"], "CUDA GPUs; set device=cpu"),
+        (["-m", "tracking=none,wandb"], "tracking=none,wandb: one sweep has one tracking"),
+        (["model=local", "model.path="], "model.path=: string should have at least 1 character"),
         (["format=="], "Error parsing override 'format=='"),
     ],
 )
@@ -81,6 +89,11 @@ def test_hydra_leaves_no_files_of_its_own(cli: Cli) -> None:
     assert {path.name for path in (cli.folder / "results").iterdir()} == {"trials", "sweeps"}
 
 
+def _rows_done(cli: Cli) -> int:
+    """Finished trials in the sweep's table."""
+    return sum(path.read_text().count("%") for path in cli.folder.rglob("table.md"))
+
+
 def test_ctrl_c_exits_at_once_and_finished_trials_stay(cli: Cli) -> None:
     many = [*SMALL, "-m", "seed=range(0,200)", "progress=lines"]
     process = subprocess.Popen(
@@ -92,7 +105,7 @@ def test_ctrl_c_exits_at_once_and_finished_trials_stay(cli: Cli) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while len(list(cli.folder.rglob("result.json"))) < 3 and time.monotonic() < deadline:
+    while _rows_done(cli) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     interrupted = time.monotonic()
@@ -102,3 +115,5 @@ def test_ctrl_c_exits_at_once_and_finished_trials_stay(cli: Cli) -> None:
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert len(list(cli.folder.rglob("result.json"))) >= 3
+    assert _rows_done(cli) >= 3
+    assert next(cli.folder.rglob("report.html")).read_text().count("not run") > 100

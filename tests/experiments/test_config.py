@@ -45,6 +45,10 @@ def test_every_key_of_the_main_config_is_read(key: str) -> None:
     ("override", "message"),
     [
         ("format.scale_rule=foo", "format.scale_rule=foo: input should be 'paper' or 'ocp'"),
+        ("transform.refit=no", "transform.refit=no: input should be a valid boolean"),
+        ("seed=true", "seed=True: input should be a valid integer"),
+        ("evaluation.windows=2.0", "evaluation.windows=2.0: input should be a valid integer"),
+        ("~format._target_", "format._target_: missing; choose an option with format=..."),
         ("seed=-1", "seed=-1: input should be greater than or equal to 0"),
         ("device=gpu", "device=gpu: should be auto, cpu, cuda or cuda:N"),
         ("sweep=../x", "sweep=../x: should be a folder name"),

@@ -56,10 +56,16 @@ def record(trial_id: str, choices: dict[str, str], metrics: Metrics, level: floa
         warnings=["CUDA kernels are not used on this device"],
         versions={"python": "3.11.7", "torch": "2.9.0"},
         git_commit="70db0c0d",
-        host="node-7",
-        device="cpu: AMD EPYC 9554",
+        model_revision=None,
+        environment={"host": "node-7", "device": "cpu: AMD EPYC 9554"},
         started_at=START,
         finished_at=START + timedelta(seconds=97),
+    )
+
+
+def measured(perplexity: float, kl: float, top1: float, bits: float) -> Metrics:
+    return Metrics(
+        perplexity=perplexity, perplexity_original=14.05, kl=kl, top1=top1, bits_per_weight=bits, predictions=8176
     )
 
 
@@ -67,23 +73,29 @@ def quantized(fmt: str, transform: str, perplexity: float, kl: float, level: flo
     choices = {"model": "smollm2_135m", "format": fmt, "transform": transform, "algorithm": "rtn"}
     choices |= {key: value for key, value in more.items() if key in ("model", "algorithm")}
     bits = {"mxfp4": 4.25, "nvfp4": 4.5}.get(fmt, 4.25)
-    metrics = Metrics(perplexity=perplexity, perplexity_original=14.05, kl=kl, top1=0.9 - kl / 2, bits_per_weight=bits)
+    metrics = measured(perplexity, kl, 0.9 - kl / 2, bits)
     name = " ".join([fmt, transform, *more.values()])
     trial_id = f"{sum(ord(c) * 257**i for i, c in enumerate(name)) % 16**16:016x}"
     labels = {**choices, **more}
-    return Outcome(trial_id, name, labels, record(trial_id, choices, metrics, level))
+    done = record(trial_id, choices, metrics, level)
+    return Outcome(trial_id, name, labels, done, config=done.config, environment=done.environment)
 
 
 def failed() -> Outcome:
     labels = {"model": "smollm2_135m", "format": "int4", "transform": "wush", "algorithm": "rtn"}
-    failure = Failure(trial_id="f" * 16, reason=REASON, kind="ValueError", host="node-8", failed_at=START)
-    return Outcome("f" * 16, "int4 wush", labels, failure=failure)
+    environment = {"host": "node-8", "processor": "Failing CPU 9"}
+    failure = Failure(
+        trial_id="f" * 16, reason=REASON, kind="ValueError", host="node-8", environment=environment, failed_at=START
+    )
+    config = {"format": {"_target_": "wush.Int4", "scale_rule": "absmax"}}
+    return Outcome("f" * 16, "int4 wush", labels, failure=failure, config=config, environment=environment)
 
 
 def baseline() -> Outcome:
     choices = {"model": "smollm2_135m", "format": "bf16"}
-    metrics = Metrics(perplexity=14.05, perplexity_original=14.05, kl=0.0, top1=1.0, bits_per_weight=16.0)
-    return Outcome("0" * 16, "bf16", choices, record("0" * 16, choices, metrics, None), earlier=True)
+    metrics = measured(14.05, 0.0, 1.0, 16.0)
+    done = record("0" * 16, choices, metrics, None)
+    return Outcome("0" * 16, "bf16", choices, done, earlier=True, config=done.config, environment=done.environment)
 
 
 def sweep() -> list[Outcome]:
@@ -134,6 +146,12 @@ def test_a_reason_cannot_become_markup() -> None:
 def test_the_summary_counts_trials_and_names_the_best() -> None:
     html = re.sub(r"<a [^>]+>|</a>", "", render_report("grid", sweep()))
     assert "6 trials: 5 done, 1 failed; best perplexity 17.50, nvfp4 wush." in html
+
+
+def test_a_failed_trial_shows_its_config_and_where_it_ran() -> None:
+    html = render_report("grid", [failed()])
+    assert "scale_rule: absmax" in html
+    assert "processor: Failing CPU 9" in html
 
 
 def test_an_unquantized_trial_is_never_the_best() -> None:

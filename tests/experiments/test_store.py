@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.records import Failure, Metrics, Record, Stage, now
+from experiments.records import SCHEMA_VERSION, Failure, Metrics, Record, Stage, now
 from experiments.schema import ConfigError
-from experiments.store import ResultStore, write_atomically
+from experiments.store import DamagedRecord, ResultStore, write_atomically
 
 
 def record(trial_id: str, kl: float = 0.1) -> Record:
@@ -17,7 +17,9 @@ def record(trial_id: str, kl: float = 0.1) -> Record:
         trial_id=trial_id,
         choices={"model": "tiny_llama", "format": "mxfp4"},
         config={"seed": 0, "quantize": {"exclude": []}},
-        metrics=Metrics(perplexity=20.0, perplexity_original=14.0, kl=kl, top1=0.7, bits_per_weight=4.25),
+        metrics=Metrics(
+            perplexity=20.0, perplexity_original=14.0, kl=kl, top1=0.7, bits_per_weight=4.25, predictions=62
+        ),
         blocks=[],
         skipped={},
         stages={
@@ -29,8 +31,8 @@ def record(trial_id: str, kl: float = 0.1) -> Record:
         warnings=[],
         versions={"python": "3.11"},
         git_commit=None,
-        host="here",
-        device="cpu: test",
+        model_revision=None,
+        environment={"host": "here", "device": "cpu: test"},
         started_at=now(),
         finished_at=now(),
     )
@@ -39,7 +41,7 @@ def record(trial_id: str, kl: float = 0.1) -> Record:
 def stored(root: Path, *records: Record) -> ResultStore:
     store = ResultStore(root)
     for one in records:
-        store.begin(one.trial_id, "seed: 0\n", {"host": "here"})
+        store.begin(one.trial_id, "seed: 0\n")
         store.finish(one)
     return store
 
@@ -50,11 +52,55 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert ResultStore(tmp_path).record("b2") is None
 
 
-def test_a_record_of_another_schema_version_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_a_record_of_another_schema_version_is_not_taken_for_one_and_stays(tmp_path: Path) -> None:
     store = stored(tmp_path, record("a1"))
     path = store.trial("a1") / "result.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
-    assert store.record("a1") is None
+    other = path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99')
+    path.write_text(other)
+    for read in (store.record, store.finished):
+        with pytest.raises(ConfigError, match=r"a1/result.json: written by schema version 99.*move the file away"):
+            read("a1")
+    assert path.read_text() == other
+
+
+def test_reading_a_damaged_record_changes_nothing(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1"))
+    (store.trial("a1") / "result.json").write_text("{")
+    with pytest.raises(DamagedRecord, match="a1"):
+        store.record("a1")
+    assert (store.trial("a1") / "result.json").read_text() == "{"
+
+
+def test_a_damaged_record_that_another_process_moved_first_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stored(tmp_path, record("a1"))
+    path = store.trial("a1") / "result.json"
+    path.write_text("{")
+    read = Path.read_bytes
+
+    def read_and_lose(self: Path) -> bytes:
+        content = read(self)
+        self.unlink()
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_lose)
+    assert store.finished("a1") is None
+
+
+def test_records_damaged_again_are_all_kept(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1"))
+    for content in ("one", "two"):
+        (store.trial("a1") / "result.json").write_text(content)
+        assert store.finished("a1") is None
+    aside = store.trial("a1").glob("result.damaged-*.json")
+    assert {path.read_text() for path in aside} == {"one", "two"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_metrics_are_finite(value: float) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        record("a1", kl=value)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"trial_id": "a1"}', "\x00\x00"])
@@ -63,7 +109,7 @@ def test_a_damaged_record_is_moved_aside_and_reported(
 ) -> None:
     store = stored(tmp_path, record("a1"))
     (store.trial("a1") / "result.json").write_text(content)
-    assert store.record("a1") is None
+    assert store.finished("a1") is None
     assert "a1" in caplog.text
     assert "damaged" in caplog.text
     aside = list(store.trial("a1").glob("result.damaged-*.json"))
@@ -72,11 +118,13 @@ def test_a_damaged_record_is_moved_aside_and_reported(
 
 def test_beginning_again_forgets_the_earlier_failure(tmp_path: Path) -> None:
     store = ResultStore(tmp_path)
-    store.begin("a1", "", {})
-    failure = Failure(trial_id="a1", reason="out of memory", kind="OutOfMemoryError", host="here", failed_at=now())
+    store.begin("a1", "")
+    failure = Failure(
+        trial_id="a1", reason="out of memory", kind="OutOfMemoryError", host="here", environment={}, failed_at=now()
+    )
     store.fail(failure)
     assert store.failure("a1") == failure
-    store.begin("a1", "", {})
+    store.begin("a1", "")
     assert store.failure("a1") is None
 
 
@@ -88,7 +136,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*/result.json'"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -2,18 +2,28 @@
 
 import hashlib
 import json
+import logging
+import math
+import os
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import wush
+import wush.models
 from experiments import sweep
-from experiments.records import Record
-from experiments.schema import ConfigError
+from experiments.records import SCHEMA_VERSION, Failure, Outcome, Record
+from experiments.schema import ConfigError, TrialConfig
 from experiments.store import ResultStore
+from experiments.summary import summarize
+from experiments.sweep import Composed
+from experiments.trial import Trial, TrialRunner, one_line
 from tests.experiments.conftest import Cli, composed, config
+from wush.texts import TextWindows
 
 FOUR = ("-m", "format=mxfp4,nvfp4", "transform=h,wush")
 
@@ -56,6 +66,7 @@ def test_the_command_shown_for_a_trial_shows_it(cli: Cli) -> None:
     shown = cli.experiments(*command[1].split())
     assert shown.returncode == 0
     assert "wush.Int4" in shown.stdout
+    assert re.search(r"predictions +62\s", shown.stdout)
     assert f"{records(cli)[0].metrics.perplexity:.4f}" in shown.stdout
 
 
@@ -81,6 +92,9 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert set(record.stages) == {"load", "original", "quantize", "evaluate"}
     assert all(stage.peak_memory_bytes > 10**7 for stage in record.stages.values())  # type: ignore[operator]
     assert record.versions["torch"] == torch.__version__
+    assert set(record.environment) == {"host", "platform", "processor", "cores", "threads", "device"}
+    assert record.metrics.predictions == 2 * 31
+    assert record.model_revision is None
     folder = ResultStore(cli.folder / "results").trial(record.trial_id)
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "environment.json", "result.json", "trial.log"}
 
@@ -113,6 +127,7 @@ def test_the_baseline_is_one_trial_and_changes_nothing(cli: Cli) -> None:
     assert record.metrics.kl == 0
     assert record.metrics.perplexity == record.metrics.perplexity_original
     assert record.metrics.bits_per_weight == 32
+    assert not {"transform", "algorithm", "calibration"} & set(record.choices)
 
 
 def test_one_failing_trial_does_not_stop_the_others(cli: Cli) -> None:
@@ -174,7 +189,10 @@ def test_all_config_errors_of_a_sweep_come_together_and_nothing_runs(tmp_path: P
 
 def test_the_same_trial_twice_in_a_sweep_is_run_once() -> None:
     assert (
-        len(sweep.plan([composed("seed=1"), composed("seed=2"), composed("seed=1", "progress=bars")], []).trials) == 2
+        len(
+            sweep.plan([composed("seed=1"), composed("seed=2"), composed("seed=1", "transform.refit=false")], []).trials
+        )
+        == 2
     )
 
 
@@ -184,6 +202,182 @@ def test_labels_are_the_choices_and_what_differs() -> None:
     assert [one["transform.seed"] for one in found] == ["0", "1"]
     plain = sweep.label([composed("format=mxfp4"), composed("format=nvfp4")])
     assert all(set(one) == {"model", "format", "transform", "algorithm"} for one in plain)
+
+
+def test_labels_leave_out_what_a_trial_does_not_use() -> None:
+    configs = [
+        composed(f"format={f}", f"seed={s}", "calibration.seed=0", "transform=r")
+        for f in ("bf16", "int4")
+        for s in (0, 1)
+    ]
+    plain, _, first, second = sweep.label(configs)
+    assert set(plain) == {"model", "format", "transform", "algorithm"}
+    assert (first["transform.seed"], second["transform.seed"]) == ("0", "1")
+    assert "seed" not in first
+
+
+def test_a_planned_trial_has_its_validated_config_in_the_schemas_order() -> None:
+    one = composed()
+    (trial,) = sweep.plan([Composed(dict(reversed(one.config.items())), one.choices)], []).trials
+    assert trial.config == one.config
+    assert list(trial.config) == list(TrialConfig.model_fields)
+
+
+def test_configs_that_are_one_trial_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        sweep.plan([composed("format=bf16", f"transform={t}") for t in ("h", "i", "wush")], [])
+    assert "2 configs are the same trial as another one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "override", ["results=elsewhere", "sweep=mine", "progress=lines", "device=cpu", "tracking=wandb"]
+)
+def test_a_sweep_runs_in_one_way(override: str) -> None:
+    with pytest.raises(ConfigError, match=f"one sweep has one {override.partition('=')[0]}"):
+        sweep.plan([composed(), composed("seed=1", override)], [])
+
+
+def test_a_text_edited_after_planning_fails_its_trial(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some plain text. " * 50)
+    planned = sweep.plan([composed(f"results={tmp_path}", "evaluation=text", f"evaluation.path={text}")], [])
+    text.write_text("Another plain text. " * 50)
+    with pytest.raises(sweep.SweepFailed):
+        sweep.run(planned)
+    assert not list(tmp_path.rglob("result.json"))
+    reason = json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"]
+    assert reason == "evaluation: the text changed since the sweep was planned; start it again"
+
+
+def test_a_gpu_that_is_not_there_is_a_config_error_before_any_trial(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device=cuda:99: this machine has .* set device=cpu"):
+        sweep.run(sweep.plan([composed(f"results={tmp_path}", "device=cuda:99")], []))
+    assert not list((tmp_path / "trials").iterdir())
+
+
+def test_a_failure_before_any_work_is_stored_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> None:
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr("experiments.environment.describe", broken)
+    with pytest.raises(sweep.SweepFailed):
+        sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    assert json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"] == "driver too old"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("one", "one"),
+        ("", "ValueError"),
+        ("a model\n\n  has no head\n", "a model; has no head"),
+        ("\n".join(["x" * 100] * 5), f"{'x' * 100}; {'x' * 100} (+3 more lines)"),
+        ("x" * 300 + "\nnext", "x" * 239 + "… (+1 more line)"),
+    ],
+)
+def test_a_reason_is_one_line_of_the_whole_message(message: str, reason: str) -> None:
+    assert one_line(ValueError(message)) == reason
+
+
+def test_each_original_is_loaded_cut_and_evaluated_once_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("wush.models.load_random", counted("load", wush.models.load_random))
+    monkeypatch.setattr(TextWindows, "cut", counted("cut", TextWindows.cut))
+    monkeypatch.setattr("wush.original_states", counted("states", wush.original_states), raising=False)
+    grid = [(fmt, seed) for fmt in ("mxfp4", "int4") for seed in (0, 1)]
+    configs = [
+        composed(f"results={tmp_path}", "device=cpu", f"format={fmt}", f"model.seed={seed}") for fmt, seed in grid
+    ]
+    outcomes = sweep.run(sweep.plan(configs, []))
+    assert [(o.labels["format"], o.labels["model.seed"]) for o in outcomes] == [(f, str(s)) for f, s in grid]
+    assert calls == {"load": 2, "cut": 4, "states": 2}
+
+
+def test_a_trial_that_another_process_finished_meanwhile_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (done,) = sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    answers = iter([None, done.record])
+    monkeypatch.setattr(ResultStore, "finished", lambda *_: next(answers))
+    monkeypatch.setattr(TrialRunner, "run", None)
+    (again,) = sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    assert again.record == done.record
+    assert not again.earlier
+
+
+def test_a_metric_that_is_not_finite_fails_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wush.Evaluation(perplexity=math.inf, perplexity_original=2.0, kl=1.0, top1=0.5, predictions=62)
+    monkeypatch.setattr("wush.evaluate", lambda *_, **__: found, raising=False)
+    with pytest.raises(sweep.SweepFailed):
+        sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    assert "perplexity is inf" in json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"]
+
+
+def test_a_failed_trial_has_its_config_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Outcome] = []
+    monkeypatch.setattr(sweep, "summarize", lambda _, outcomes, __: seen.extend(outcomes))
+    planned = sweep.plan([composed(f"results={tmp_path}", "model.hidden_size=40")], [])
+    with pytest.raises(sweep.SweepFailed):
+        sweep.run(planned)
+    assert seen[0].config == planned.trials[0].config
+    assert {"host", "platform", "processor", "cores", "threads", "device"} <= set(seen[0].environment)
+
+
+def test_the_table_and_report_are_written_after_each_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = sweep.plan([composed(f"results={tmp_path}", f"format={fmt}") for fmt in ("mxfp4", "int4")], [])
+    run = TrialRunner.run
+
+    def second_is_interrupted(self: TrialRunner, trial: Trial) -> Record | Failure:
+        if trial == planned.trials[1]:
+            raise KeyboardInterrupt
+        return run(self, trial)
+
+    monkeypatch.setattr(TrialRunner, "run", second_is_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(planned)
+    first, second = next(tmp_path.rglob("table.md")).read_text().splitlines()[-2:]
+    assert "%" in first
+    assert "not run yet" in second
+    assert "1 done, 0 failed, 1 not run" in next(tmp_path.rglob("report.html")).read_text()
+
+
+def test_a_table_that_cannot_be_written_is_shown_first_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    capsys.readouterr()
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*table.md'"):
+        summarize("default", outcomes, ResultStore(tmp_path))
+    assert outcomes[0].trial_id in capsys.readouterr().out
+
+
+def test_show_leaves_a_damaged_or_foreign_record_where_it_is(cli: Cli) -> None:
+    cli.small()
+    (path,) = cli.folder.rglob("result.json")
+    foreign = path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99')
+    for content, message in (("{", "result.json is damaged"), (foreign, "written by schema version 99")):
+        path.write_text(content)
+        shown = cli.experiments("show", path.parent.name)
+        assert (shown.returncode, path.read_text()) == (2, content)
+        assert message in shown.stderr
+    again = cli.small()
+    assert (again.returncode, path.read_text()) == (2, foreign)
+    assert f"{path}: written by schema version 99" in again.stderr
 
 
 def test_sweep_names_come_from_the_overrides_that_matter() -> None:

@@ -1,6 +1,8 @@
 """W&B through its real client, offline; and that a tracker never fails a trial."""
 
 import json
+import logging
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from experiments.records import Block
 from experiments.tracking import WandbTracking
+from experiments.trial import _logged
 from tests.experiments.conftest import Cli, config
 from tests.experiments.test_store import record
 
@@ -76,7 +79,30 @@ def test_a_trial_is_one_run_with_its_config_series_and_metrics(cli: Cli) -> None
     }
     assert summary["kl"] == metrics["kl"]
     assert summary["perplexity"] == metrics["perplexity"]
-    assert "wandb sync" in done.stderr
+    assert done.stderr.count(f"wandb sync {cli.folder}/results/wandb/offline-run-*") == 1
+
+
+def test_a_sweep_says_once_how_to_upload_and_which_trials_are_not_logged_again(cli: Cli) -> None:
+    cli.small("tracking=wandb", "format=mxfp4", HOME=str(cli.folder))
+    done = next(cli.folder.rglob("result.json")).parent.name
+    both = cli.small("-m", "tracking=wandb", "format=mxfp4,nvfp4,int4", HOME=str(cli.folder))
+    assert both.stderr.count("wandb sync") == 1
+    assert re.findall(r"trial (\w+): already done, not logged again", both.stderr) == [done]
+    assert len(runs(cli.folder)) == 3
+
+
+def test_a_baselines_run_names_only_what_it_uses(cli: Cli) -> None:
+    cli.small("tracking=wandb", "format=bf16", HOME=str(cli.folder))
+    ((run, *_),) = [field(messages, "run") for messages in runs(cli.folder)]
+    assert (run.display_name, set(run.tags)) == ("tiny_llama bf16", {"tiny_llama", "bf16"})
+
+
+def test_a_trackers_warning_is_no_warning_about_the_result(tmp_path: Path) -> None:
+    messages: list[str] = []
+    with _logged(tmp_path / "trial.log", messages):
+        for name in ("wush.walk", "experiments.trial", "experiments.tracking", "transformers"):
+            logging.getLogger(name).warning(name)
+    assert messages == ["wush.walk", "experiments.trial"]
 
 
 def test_a_trial_run_again_continues_the_same_run(tmp_path: Path) -> None:

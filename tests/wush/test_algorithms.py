@@ -5,89 +5,163 @@ import torch
 from torch import Tensor
 
 import wush
+from wush.algorithms import QuantizedWeight
+from wush.formats import Format
 from wush.moments import damp
 from wush.transforms import Transform, transform_weight
 
+FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4]
 
-def correlated(
-    generator: torch.Generator, features: int = 64, outputs: int = 24
-) -> tuple[Tensor, wush.SecondMoment, Tensor]:
+
+def moment_of(x: Tensor) -> wush.SecondMoment:
+    moment = wush.SecondMoment(x.shape[-1])
+    moment.add(x)
+    return moment
+
+
+def correlated(generator: torch.Generator, features: int = 64, outputs: int = 24) -> tuple[Tensor, wush.SecondMoment]:
     mix = torch.randn(features, features, generator=generator)
     x = torch.randn(400, features, generator=generator) @ mix * torch.logspace(-0.5, 0.5, features)
-    moment = wush.SecondMoment(features)
-    moment.add(x)
-    return torch.randn(outputs, features, generator=generator), moment, x
+    return torch.randn(outputs, features, generator=generator), moment_of(x)
 
 
-def values(weight: object, fmt: wush.Format) -> Tensor:
-    return fmt.dequantize(weight.quantized)  # type: ignore[attr-defined]
+def values(result: QuantizedWeight, fmt: Format) -> Tensor:
+    return fmt.dequantize(result.quantized)
 
 
-def proxy_loss(original: Tensor, result: object, fmt: wush.Format, moment: wush.SecondMoment) -> float:
+def proxy_loss(original: Tensor, result: QuantizedWeight, fmt: Format, moment: wush.SecondMoment) -> float:
     """`tr(D H D^T)`, with D the weight's error in the original coordinates."""
     weight = values(result, fmt).double()
-    transform = result.transform  # type: ignore[attr-defined]
-    if transform is not None:
+    if result.transform is not None:
         blocks = weight.unflatten(1, (-1, fmt.group_size))
-        per_block = transform.double().expand(blocks.shape[1], -1, -1)
+        per_block = result.transform.double().expand(blocks.shape[1], -1, -1)
         weight = torch.einsum("ong,ngh->onh", blocks, per_block).flatten(1)
     error = weight - original.double()
     return torch.trace(error @ damp(moment.matrix) @ error.T).item()
 
 
-def textbook_gptq(weight: Tensor, hessian: Tensor, fmt: wush.Format) -> Tensor:
+def textbook_gptq(weight: Tensor, hessian: Tensor, fmt: Format) -> Tensor:
     """GPTQ with T = I by its definition: after each column, the free ones minimize the loss exactly."""
     work, size = weight.double().clone(), fmt.group_size
     quantized = torch.empty_like(work)
     for c in range(work.shape[1]):
         if c % size == 0:
             scales = fmt.find_scales(work[:, c : c + size])
-        group = work[:, c : c + 1].float().unsqueeze(1)
-        quantized[:, c] = fmt.expand(fmt.snap(group, scales, fmt.global_scale), scales, fmt.global_scale)[:, 0, 0]
-        error = quantized[:, c] - work[:, c]
+        quantized[:, c] = rounded_column(work[:, c], scales, fmt)[1]
         inverse = torch.linalg.inv(hessian[c:, c:])
-        work[:, c:] += error[:, None] * (inverse[0] / inverse[0, 0])
+        work[:, c:] += (quantized[:, c] - work[:, c])[:, None] * (inverse[0] / inverse[0, 0])
     return quantized
+
+
+def rounded_column(column: Tensor, scales: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The elements and float64 values of one column `(O,)` at the scales `(O, 1)` of its group."""
+    elements = fmt.snap(column.float()[:, None, None], scales, fmt.global_scale)
+    return elements.flatten(), fmt.expand(elements, scales, fmt.global_scale).flatten().double()
+
+
+def literal_gptq(
+    weight: Tensor, moment: wush.SecondMoment, transform: Transform, fmt: Format
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and transforms of GPTQ with block transforms, steps 1 to 4 of the method, by explicit inverses."""
+    size, h = fmt.group_size, moment.matrix
+    damped = h + 0.01 * h.trace() / len(h) * torch.eye(len(h), dtype=torch.float64)
+    c_factor = torch.linalg.cholesky(torch.linalg.inv(damped))
+    work, codes, all_scales, transforms = weight.double().clone(), [], [], []
+    for start in range(0, len(h), size):
+        blk, after = slice(start, start + size), slice(start + size, None)
+        # 1. The transform, of the current weight where it is refitted, rounded to the weight's dtype.
+        source = work if transform.refit else weight
+        fitted = transform.fit(source[:, blk], h[None, blk, blk])
+        t = fitted.reshape(size, size).to(weight.dtype).double()
+        # 2. The effective Hessian after the earlier blocks, in the transformed coordinates.
+        c_bb = c_factor[blk, blk]
+        effective = t @ torch.linalg.inv(c_bb @ c_bb.T) @ t.T
+        # 3. Column by column, at scales fixed as the block enters.
+        lower = torch.linalg.cholesky(torch.linalg.inv(effective))
+        lower = lower / lower.diagonal()
+        x = work[:, blk] @ torch.linalg.inv(t)
+        scales = fmt.find_scales(x)
+        elements, q = torch.empty(x.shape), torch.empty_like(x)
+        for c in range(size):
+            elements[:, c], q[:, c] = rounded_column(x[:, c], scales, fmt)
+            x[:, c:] += torch.outer(q[:, c] - x[:, c], lower[c:, c])
+        # 4. The block's error in the original coordinates moves onto the later columns.
+        error = q @ t - work[:, blk]
+        work[:, after] += error @ (c_factor[after, blk] @ torch.linalg.inv(c_bb)).T
+        codes.append(fmt.element.to_codes(elements))
+        all_scales.append(scales)
+        transforms.append(t.to(weight.dtype))
+    return torch.cat(codes, 1), torch.cat(all_scales, 1), torch.stack(transforms)
 
 
 @pytest.mark.parametrize("transform", [wush.Identity(), wush.Hadamard(), wush.Wush()], ids=lambda t: t.name)
 def test_rtn_rounds_the_transformed_weight(transform: Transform, generator: torch.Generator) -> None:
-    weight, moment, _ = correlated(generator)
+    weight, moment = correlated(generator)
     result = wush.Rtn().quantize_weight(weight, moment, transform, wush.MXFP4)
     matrix = transform.fit(weight, moment.diagonal_blocks(32)).float()
     assert torch.equal(values(result, wush.MXFP4), wush.MXFP4.round_trip(transform_weight(weight, matrix).float()))
     assert result.transform is None if transform.name == "i" else torch.equal(result.transform, matrix)
 
 
-@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4], ids=lambda f: f.name)
-def test_gptq_without_a_transform_equals_the_textbook_column_by_column(
-    fmt: wush.Format, generator: torch.Generator
-) -> None:
-    weight, moment, _ = correlated(generator)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_gptq_without_a_transform_equals_the_textbook_column_by_column(fmt: Format, generator: torch.Generator) -> None:
+    weight, moment = correlated(generator)
     result = wush.Gptq().quantize_weight(weight, moment, wush.Identity(), fmt)
     assert torch.equal(values(result, fmt).double(), textbook_gptq(weight, damp(moment.matrix), fmt))
 
 
 @pytest.mark.parametrize("transform", [wush.Identity(), wush.Hadamard(), wush.Wush(), wush.Wush(refit=False)], ids=repr)
-@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4, wush.MXFP8], ids=lambda f: f.name)
-def test_gptq_loses_less_than_rtn(fmt: wush.Format, transform: Transform, generator: torch.Generator) -> None:
-    weight, moment, _ = correlated(generator)
-    rtn = wush.Rtn().quantize_weight(weight, moment, transform, fmt)
-    gptq = wush.Gptq().quantize_weight(weight, moment, transform, fmt)
-    assert proxy_loss(weight, gptq, fmt, moment) < 0.9 * proxy_loss(weight, rtn, fmt, moment)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_gptq_equals_the_literal_steps_of_the_method_bit_for_bit(
+    fmt: Format, transform: Transform, generator: torch.Generator
+) -> None:
+    weight, moment = correlated(generator, 96)
+    result = wush.Gptq().quantize_weight(weight, moment, transform, fmt)
+    codes, scales, transforms = literal_gptq(weight, moment, transform, fmt)
+    assert torch.equal(result.quantized.codes, codes)
+    assert torch.equal(result.quantized.scales.float(), scales.float())
+    if result.transform is not None:
+        torch.testing.assert_close(result.transform.expand_as(transforms), transforms, rtol=1e-5, atol=1e-6)
 
 
-def test_gptq_on_uncorrelated_inputs_is_rtn(generator: torch.Generator) -> None:
-    weight = torch.randn(16, 64, generator=generator)
-    moment = wush.SecondMoment(64)
-    moment.add(torch.eye(64))
-    rtn = wush.Rtn().quantize_weight(weight, moment, wush.Identity(), wush.MXFP4)
-    gptq = wush.Gptq().quantize_weight(weight, moment, wush.Identity(), wush.MXFP4)
-    assert torch.equal(rtn.quantized.codes, gptq.quantized.codes)
+@pytest.mark.parametrize("transform", [wush.Identity(), wush.Hadamard(), wush.Wush(), wush.Wush(refit=False)], ids=repr)
+@pytest.mark.parametrize("fmt", [*FORMATS, wush.MXFP8], ids=lambda f: f.name)
+def test_gptq_loses_less_than_rtn(fmt: Format, transform: Transform, generator: torch.Generator) -> None:
+    """The Hessian-weighted error: 0.9 of RTN's on average, and below it in at least 19 of 20 problems."""
+    ratios = []
+    for _ in range(20):
+        weight, moment = correlated(generator, outputs=12)
+        results = [a.quantize_weight(weight, moment, transform, fmt) for a in (wush.Gptq(), wush.Rtn())]
+        gptq, rtn = (proxy_loss(weight, result, fmt, moment) for result in results)
+        ratios.append(gptq / rtn)
+    assert sum(ratios) / len(ratios) < 0.9
+    assert sum(ratio < 1 for ratio in ratios) >= 0.95 * len(ratios)
+
+
+def assert_gptq_is_rtn(x: Tensor, transform: Transform, fmt: Format, generator: torch.Generator) -> None:
+    weight, moment = torch.randn(16, x.shape[-1], generator=generator), moment_of(x)
+    rtn, gptq = (a.quantize_weight(weight, moment, transform, fmt).quantized for a in (wush.Rtn(), wush.Gptq()))
+    assert torch.equal(rtn.codes, gptq.codes)
+    assert torch.equal(rtn.scales.float(), gptq.scales.float())
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_gptq_is_rtn_for_any_diagonal_hessian(fmt: Format, generator: torch.Generator) -> None:
+    assert_gptq_is_rtn(torch.logspace(-2, 2, 96).diag(), wush.Identity(), fmt, generator)
+
+
+@pytest.mark.parametrize("transform", [wush.Identity(), wush.RandomRotation(1), wush.Hadamard()], ids=lambda t: t.name)
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_gptq_is_rtn_where_a_rotation_keeps_the_hessian_diagonal(
+    fmt: Format, transform: Transform, generator: torch.Generator
+) -> None:
+    """Each block of the Hessian is a multiple of the identity."""
+    per_block = torch.logspace(-2, 2, 96 // fmt.group_size).repeat_interleave(fmt.group_size)
+    assert_gptq_is_rtn(per_block.diag(), transform, fmt, generator)
 
 
 def test_refit_changes_every_block_but_the_first(generator: torch.Generator) -> None:
-    weight, moment, _ = correlated(generator, 96)
+    weight, moment = correlated(generator, 96)
     once = wush.Gptq().quantize_weight(weight, moment, wush.Wush(refit=False), wush.MXFP4).transform
     anew = wush.Gptq().quantize_weight(weight, moment, wush.Wush(refit=True), wush.MXFP4).transform
     assert torch.equal(once[0], anew[0])
@@ -95,12 +169,12 @@ def test_refit_changes_every_block_but_the_first(generator: torch.Generator) -> 
 
 
 def test_fixed_transforms_are_stored_once_for_all_blocks(generator: torch.Generator) -> None:
-    weight, moment, _ = correlated(generator)
+    weight, moment = correlated(generator)
     for algorithm in (wush.Rtn(), wush.Gptq()):
         assert algorithm.quantize_weight(weight, moment, wush.Hadamard(), wush.MXFP4).transform.shape == (32, 32)
 
 
 def test_transforms_are_rounded_to_the_weights_dtype(generator: torch.Generator) -> None:
-    weight, moment, _ = correlated(generator)
+    weight, moment = correlated(generator)
     result = wush.Rtn().quantize_weight(weight.bfloat16(), moment, wush.Wush(), wush.MXFP4)
     assert result.transform.dtype == torch.bfloat16

@@ -1,16 +1,12 @@
-"""Formats against exact arithmetic on the definitions, element by element."""
-
-import math
-from fractions import Fraction
+"""Formats as users see them: scales, requantization, packing, the ends of float32, errors."""
 
 import pytest
 import torch
 
 import wush
-from wush.elements import E2M1, E4M3
 from wush.formats import Format
 
-E2M1_GRID = [Fraction(v) for v in (0, "1/2", 1, "3/2", 2, 3, 4, 6)]
+FLOAT32_MAX = torch.finfo(torch.float32).max
 FORMATS = [
     wush.MXFP4,
     wush.Mxfp4(scale_rule="ocp"),
@@ -21,13 +17,6 @@ FORMATS = [
     wush.MXFP8,
 ]
 ids = [f"{fmt.name}-{fmt.scale_rule}" for fmt in FORMATS]  # type: ignore[attr-defined]
-
-
-def nearest_e2m1(x: float) -> int:
-    """The code of the nearest grid value, ties to the even code, in exact arithmetic."""
-    magnitude = abs(Fraction(x))
-    code = min(range(8), key=lambda c: (abs(E2M1_GRID[c] - magnitude), c % 2))
-    return code | (8 if str(x).startswith("-") else 0)
 
 
 def wide_values(generator: torch.Generator, rows: int = 64, columns: int = 128) -> torch.Tensor:
@@ -41,47 +30,6 @@ def wide_values(generator: torch.Generator, rows: int = 64, columns: int = 128) 
     x[2] = 0
     x[2, 5] = -3e4
     return x
-
-
-def test_e2m1_rounds_to_nearest_with_ties_to_the_even_code() -> None:
-    midpoints = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
-    near = [m + d for m in midpoints for d in (-1e-6, 0, 1e-6)]
-    values = torch.tensor([*near, 0.0, 6.0, 7.0, 1e30, 1e-40, 2.0**-126])
-    for x in (values, -values):
-        assert E2M1.to_codes(E2M1.snap(x.clone())).tolist() == [nearest_e2m1(v) for v in x.tolist()]
-
-
-def test_e2m1_codes_and_values_are_inverses() -> None:
-    codes = torch.arange(16, dtype=torch.uint8)
-    values = E2M1.from_codes(codes)
-    assert values[:8].tolist() == [float(v) for v in E2M1_GRID]
-    assert torch.equal(E2M1.to_codes(values), codes)
-
-
-def test_e4m3_snaps_to_nearest_and_saturates() -> None:
-    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-    x = torch.rand(4000, dtype=torch.float64) * 500
-    best = grid[(x[:, None].float().double() - grid).abs().argmin(1)]
-    ours = E4M3.snap(x.float()).double()
-    # Nearest in distance; on ties either neighbour is as near.
-    assert torch.equal((ours - x.float()).abs(), (best - x.float().double()).abs())
-    assert E4M3.snap(torch.tensor([1e9, -1e9])).tolist() == [448.0, -448.0]
-
-
-def test_mxfp4_codes_equal_exact_arithmetic(generator: torch.Generator) -> None:
-    x = wide_values(generator)
-    quantized = wush.MXFP4.quantize(x)
-    for row in range(x.shape[0]):
-        for group in range(x.shape[1] // 32):
-            values = x[row, group * 32 : group * 32 + 32].tolist()
-            amax = max(map(abs, values))
-            scale = Fraction(2) ** (math.frexp(amax)[1] - 1)
-            assert not amax or float(quantized.scales[row, group]) == float(scale)
-            codes = quantized.codes[row, group * 32 : group * 32 + 32].tolist()
-            # 3x is rounded to float32 once, as the definition code = x / s / g with g = 1/3 allows.
-            tripled = (x[row, group * 32 : group * 32 + 32] * 3).tolist()
-            expected = [nearest_e2m1(float(Fraction(v) / scale) if v else v) for v in tripled]
-            assert codes == expected
 
 
 def test_paper_rule_of_mxfp4_never_clips_and_ocp_does(generator: torch.Generator) -> None:
@@ -141,11 +89,89 @@ def test_mxfp8_error_is_within_half_a_step(generator: torch.Generator) -> None:
     assert ((rounded - groups).abs() <= torch.where(clipped, groups.abs() / 8, bound)).all()
 
 
+def possible_scales(fmt: Format) -> torch.Tensor:
+    """Every scale but zero that `quantize` can store, `(N,)`."""
+    if fmt.scale_dtype == torch.bfloat16:
+        scales = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
+        return scales[8 * scales.float() <= FLOAT32_MAX]
+    if fmt.scale_dtype == torch.float8_e4m3fn:
+        return torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    amax = torch.exp2(torch.arange(-149, 128).double()).float()
+    codes = fmt.find_scales(amax[:, None].expand(-1, fmt.group_size))[:, 0].view(torch.uint8)
+    return codes.unique().view(torch.float8_e8m0fnu)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+def test_requantizing_at_the_same_scales_gives_every_code_back_at_every_scale(fmt: Format) -> None:
+    codes = torch.arange(2**fmt.element.bits, dtype=torch.uint8)
+    elements = fmt.element.from_codes(codes)
+    kept = elements.isfinite() & (elements != (-8 if fmt == wush.Int4("absmax") else torch.inf))
+    scales = possible_scales(fmt)
+    values = fmt.expand(elements[kept].expand(len(scales), -1), scales, fmt.global_scale)
+    again = fmt.element.to_codes(fmt.snap(values, scales, fmt.global_scale))
+    assert torch.equal(again, codes[kept].expand_as(again))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+def test_requantizing_a_tensor_at_its_own_scales_changes_no_code(fmt: Format, generator: torch.Generator) -> None:
+    quantized = fmt.quantize(wide_values(generator))
+    values = fmt.groups(fmt.dequantize(quantized))
+    again = fmt.element.to_codes(fmt.snap(values, quantized.scales, fmt.global_scale)).flatten(-2)
+    assert torch.equal(again, quantized.codes)
+
+
+@pytest.mark.parametrize("fmt", [wush.Mxfp4("ocp"), wush.Int4("absmax"), wush.MXFP8], ids=repr)
+def test_requantizing_finds_the_same_scales_again(fmt: Format, generator: torch.Generator) -> None:
+    quantized = fmt.quantize(wide_values(generator))
+    again = fmt.quantize(fmt.dequantize(quantized))
+    assert torch.equal(again.codes, quantized.codes)
+    assert torch.equal(again.scales.float(), quantized.scales.float())
+
+
+def test_requantizing_paper_mxfp4_doubles_the_scale_just_where_the_largest_element_is_6(
+    generator: torch.Generator,
+) -> None:
+    """That element is `6 s / 3 = 2 s`, whose own scale is `2 s`; of 3 and 4, `s` and `4/3 s`, the scale is `s`."""
+    quantized = wush.MXFP4.quantize(wide_values(generator)[3:])
+    again = wush.MXFP4.quantize(wush.MXFP4.dequantize(quantized))
+    largest_is_6 = ((quantized.codes.unflatten(-1, (-1, 32)) & 7) == 7).any(-1)
+    assert largest_is_6.any()
+    assert not largest_is_6.all()
+    assert torch.equal(again.scales.float(), torch.where(largest_is_6, 2, 1) * quantized.scales.float())
+
+
+def test_requantizing_nvfp4_finds_the_same_scale_unless_it_is_subnormal(generator: torch.Generator) -> None:
+    """A subnormal E4M3 is rounded so coarsely that the largest element of its group need not be 6."""
+    quantized = wush.NVFP4.quantize(wide_values(generator))
+    again = wush.NVFP4.quantize(wush.NVFP4.dequantize(quantized))
+    normal = quantized.scales.float() >= 2.0**-6
+    assert torch.equal(again.scales.float()[normal], quantized.scales.float()[normal])
+    coarse = torch.zeros(1, 16)
+    coarse[0, 0] = 1.6 * 2.0**-9 * 0.6
+    scale = wush.NVFP4.quantize(coarse).scales
+    assert scale.float().item() == 2.0**-8
+    assert wush.NVFP4.find_scales(wush.NVFP4.round_trip(coarse)).float().item() == 2.0**-9
+
+
+def test_requantizing_rms_int4_may_change_the_scale(generator: torch.Generator) -> None:
+    quantized = wush.INT4.quantize(torch.randn(8, 64, generator=generator))
+    assert not torch.equal(wush.INT4.quantize(wush.INT4.dequantize(quantized)).scales, quantized.scales)
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=ids)
 def test_zero_groups_dequantize_to_zero(fmt: Format) -> None:
     zeros = torch.zeros(2, 64)
     assert torch.equal(fmt.dequantize(fmt.quantize(zeros)), zeros)
     assert torch.equal(fmt.round_trip(zeros), zeros)
+
+
+@pytest.mark.parametrize("fmt", [wush.NVFP4, wush.INT4, wush.Int4("absmax")], ids=repr)
+def test_a_scale_of_zero_snaps_every_value_to_the_element_of_zero(fmt: Format) -> None:
+    """So it must be for GPTQ, whose later columns may grow after the scale is fixed."""
+    x = torch.tensor([[-1e3, -0.0, 0.0, 1e3, FLOAT32_MAX]])
+    snapped = fmt.snap(x, torch.zeros(1, dtype=fmt.scale_dtype), fmt.global_scale)
+    zero = fmt.snap(torch.zeros(1, 5), torch.ones(1, dtype=fmt.scale_dtype), fmt.global_scale)
+    assert torch.equal(snapped, zero)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=ids)
@@ -183,11 +209,83 @@ def test_a_length_that_is_no_multiple_of_the_group_is_an_error_with_the_remedy(f
         fmt.quantize(torch.ones(2, 72), "o_proj")
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
-def test_values_near_the_end_of_float32_stay_finite(fmt: Format) -> None:
-    x = torch.full((1, 64), 2.0**127)
-    x[0, 1::2] = 1e-38
-    assert fmt.round_trip(x).isfinite().all()
+# The first element of a group, else zeros, and the value it must come back as.
+ENDS = [
+    # The largest float32: MXFP4 by the paper's rule ends at 6/3 * 2^126, the others at their largest element.
+    (wush.MXFP4, FLOAT32_MAX, 2.0**127),
+    (wush.MXFP4, 2.0**127, 2.0**127),
+    (wush.MXFP4, 2.0**126, 2.0**126),
+    (wush.Mxfp4("ocp"), FLOAT32_MAX, 6 * 2.0**125),
+    (wush.Mxfp4("ocp"), 2.0**127, 2.0**127),
+    (wush.Mxfp4("ocp"), 2.0**126, 2.0**126),
+    (wush.MXFP8, FLOAT32_MAX, 448 * 2.0**119),
+    (wush.MXFP8, 2.0**127, 2.0**127),
+    (wush.MXFP8, 2.0**126, 2.0**126),
+    (wush.NVFP4, FLOAT32_MAX, 6 * 448 * 0.1),
+    (wush.NVFP4, 2.0**126, 6 * 448 * 0.1),
+    (wush.Nvfp4("calibrated"), FLOAT32_MAX, FLOAT32_MAX),
+    (wush.Nvfp4("calibrated"), 2.0**126, 2.0**126),
+    (wush.Int4("absmax"), FLOAT32_MAX, 7 * 146 / 128 * 2.0**125),
+    (wush.Int4("absmax"), 2.0**126, 7 * 146 / 128 * 2.0**123),
+    # One element of 32 in a group is sqrt(32) = 5.66 rms, past the clip: 7.5 s, with s = 0.0593 amax in BF16.
+    (wush.INT4, FLOAT32_MAX, 7.5 * 243 / 128 * 2.0**123),
+    (wush.INT4, 2.0**126, 7.5 * 243 / 128 * 2.0**121),
+    # The smallest normal, the largest and other subnormals, the smallest. No E8M0 scale is below 2^-127.
+    (wush.MXFP4, 2.0**-126, 2.0**-126),
+    (wush.MXFP4, 2.0**-127, 2.0**-127),
+    (wush.MXFP4, 2.0**-128, 2.0**-127 / 2),
+    (wush.MXFP4, 2.0**-130, 2.0**-127 / 6),
+    (wush.MXFP4, 2.0**-149, 0.0),
+    (wush.Mxfp4("ocp"), 2.0**-126, 2.0**-126),
+    (wush.Mxfp4("ocp"), 2.0**-128, 2.0**-128),
+    (wush.Mxfp4("ocp"), 2.0**-129, 0.0),
+    (wush.MXFP8, 2.0**-126, 2.0**-126),
+    (wush.MXFP8, 2.0**-136, 2.0**-136),
+    (wush.MXFP8, 2.0**-138, 0.0),
+    # E4M3 scales end at 2^-9, and half of that is a tie with zero.
+    (wush.NVFP4, 0.6 * 2.0**-9, 0.6 * 2.0**-9),
+    (wush.NVFP4, 0.59 * 2.0**-10, 0.0),
+    (wush.NVFP4, 2.0**-149, 0.0),
+    # BF16 scales end at 2^-133.
+    (wush.Int4("absmax"), 7 * 2.0**-133, 7 * 2.0**-133),
+    (wush.Int4("absmax"), 2.0**-149, 0.0),
+    (wush.INT4, 2.0**-149, 0.0),
+]
+
+
+@pytest.mark.parametrize(("fmt", "x", "expected"), ENDS, ids=[f"{f!r}-{x:.9g}" for f, x, _ in ENDS])
+def test_values_at_the_ends_of_float32(fmt: Format, x: float, expected: float) -> None:
+    group = torch.zeros(1, fmt.group_size)
+    group[0, 0] = x
+    for signed in (group, -group):
+        quantized = fmt.quantize(signed, global_scale=fmt.weight_global_scale(signed))
+        back = fmt.dequantize(quantized)
+        assert back[0, 0].abs().item() == pytest.approx(expected, rel=2.0**-21, abs=2.0**-149)
+        assert back[0, 0].sign() * (expected > 0) == signed[0, 0].sign() * (expected > 0)
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != wush.INT4], ids=repr)
+@pytest.mark.parametrize("rest", [0.0, 1e-38, 0.5 * FLOAT32_MAX, -FLOAT32_MAX])
+def test_values_at_the_end_of_float32_stay_finite(fmt: Format, rest: float) -> None:
+    x = torch.full((1, 64), FLOAT32_MAX)
+    x[0, 1::2] = rest
+    for g in (fmt.global_scale, fmt.weight_global_scale(x)):
+        assert fmt.dequantize(fmt.quantize(x, global_scale=g)).isfinite().all()
+
+
+def test_rms_int4_stays_finite_at_the_end_of_float32() -> None:
+    x = torch.full((1, 32), FLOAT32_MAX)
+    x[0, 1::2] = 0
+    assert wush.INT4.round_trip(x).isfinite().all()
+
+
+@pytest.mark.parametrize("amax", [2.0**-118, 2.0**-126])
+def test_calibrated_nvfp4_keeps_half_of_amax_however_small_that_is(amax: float) -> None:
+    x = torch.zeros(1, 16)
+    x[0, :2] = torch.tensor([amax, amax / 2])
+    fmt = wush.Nvfp4("calibrated")
+    back = fmt.dequantize(fmt.quantize(x, global_scale=fmt.weight_global_scale(x)))
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=2.0**-149)
 
 
 def test_bits_per_weight_count_the_scales() -> None:

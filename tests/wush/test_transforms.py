@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 import wush
-from wush.moments import damp, weight_moments
 from wush.transforms import Transform, apply_blocks, hadamard, transform_weight
 
 ALL = [wush.Identity(), wush.RandomRotation(3), wush.Hadamard(), wush.Wus(), wush.Wush()]
@@ -26,18 +25,62 @@ def layer(
     return weight, x, moment.diagonal_blocks(size)
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_wush_gives_both_sides_the_same_moment_with_constant_diagonal(size: int, generator: torch.Generator) -> None:
-    weight, _, moments = layer(generator, size)
-    transform = wush.Wush().fit(weight, moments)
+def sylvester(size: int) -> Tensor:
+    """`H_ij = (-1)^popcount(i & j) / sqrt(size)`."""
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return torch.tensor(signs, dtype=torch.float64) / size**0.5
+
+
+def damped(matrices: Tensor) -> Tensor:
+    """`M + 0.01 mean(diag M) I` of each `(G, G)` matrix, by the definition."""
+    means = torch.stack([m.trace() / len(m) for m in matrices])
+    return matrices + 0.01 * means[:, None, None] * torch.eye(matrices.shape[-1], dtype=torch.float64)
+
+
+def balanced_moments(weight: Tensor, moments: Tensor, transform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`T M_X T^T`, `T^-T M_W T^-1` and the diagonals of S, falling, all of damped moments.
+
+    S is found another way than in `fit`: as the singular values of `L_X^T L_W`, L the Cholesky factors.
+    """
+    blocks = weight.split(moments.shape[-1], dim=1)
+    m_x, m_w = damped(moments), damped(torch.stack([w.T @ w / len(w) for w in blocks]))
+    spectra = torch.linalg.svdvals(torch.linalg.cholesky(m_x).mT @ torch.linalg.cholesky(m_w))
     inverse = torch.linalg.inv(transform)
-    x_side = transform @ damp(moments) @ transform.mT
-    w_side = inverse.mT @ damp(weight_moments(weight, size)) @ inverse
-    torch.testing.assert_close(x_side, w_side, rtol=1e-8, atol=1e-8)
-    diagonal = x_side.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(diagonal, diagonal.mean(1, keepdim=True).expand_as(diagonal), rtol=1e-8, atol=0)
-    spectrum = hadamard(size).T @ x_side @ hadamard(size)
-    torch.testing.assert_close(spectrum, torch.diag_embed(spectrum.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-7)
+    return transform @ m_x @ transform.mT, inverse.mT @ m_w @ inverse, spectra
+
+
+def assert_relatively_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """To `tolerance` of the largest entry of each expected matrix or vector."""
+    scale = expected.flatten(1).abs().amax(1).view(-1, *[1] * (expected.ndim - 1))
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_wush_turns_both_moments_into_the_hadamard_rotation_of_s(size: int, generator: torch.Generator) -> None:
+    weight, _, moments = layer(generator, size)
+    x_side, w_side, spectra = balanced_moments(weight, moments, wush.Wush().fit(weight, moments))
+    assert_relatively_close(x_side, w_side)
+    rotated = sylvester(size).T @ x_side @ sylvester(size)
+    own = rotated.diagonal(dim1=1, dim2=2)
+    assert_relatively_close(rotated, torch.diag_embed(own))
+    torch.testing.assert_close(own.sort(descending=True).values, spectra, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_diagonal_of_wush_moments_is_the_mean_of_s(size: int, generator: torch.Generator) -> None:
+    weight, _, moments = layer(generator, size)
+    *sides, spectra = balanced_moments(weight, moments, wush.Wush().fit(weight, moments))
+    for side in sides:
+        diagonal = side.diagonal(dim1=1, dim2=2)
+        torch.testing.assert_close(diagonal, spectra.mean(1, keepdim=True).expand_as(diagonal), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_wus_turns_both_moments_into_s(size: int, generator: torch.Generator) -> None:
+    weight, _, moments = layer(generator, size)
+    x_side, w_side, spectra = balanced_moments(weight, moments, wush.Wus().fit(weight, moments))
+    for side in (x_side, w_side):
+        assert_relatively_close(side.flip(1, 2), torch.diag_embed(spectra))
 
 
 def test_wus_is_wush_without_its_hadamard(generator: torch.Generator) -> None:
@@ -45,17 +88,24 @@ def test_wus_is_wush_without_its_hadamard(generator: torch.Generator) -> None:
     torch.testing.assert_close(hadamard(32) @ wush.Wus().fit(weight, moments), wush.Wush().fit(weight, moments))
 
 
-def test_hadamard_is_the_normalized_sylvester_matrix() -> None:
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    torch.testing.assert_close(hadamard(8), torch.kron(torch.kron(two, two), two) / 8**0.5)
+@pytest.mark.parametrize("size", [1, 2, 16, 32, 64])
+def test_hadamard_is_the_normalized_sylvester_matrix(size: int) -> None:
+    torch.testing.assert_close(hadamard(size), sylvester(size), rtol=1e-15, atol=0)
+    torch.testing.assert_close(hadamard(size) @ hadamard(size).T, torch.eye(size, dtype=torch.float64))
+
+
+def test_a_hadamard_size_must_be_a_power_of_two() -> None:
     with pytest.raises(ValueError, match="power of two, not 24"):
         hadamard(24)
 
 
 def test_random_rotation_is_orthogonal_and_depends_on_its_seed_alone(generator: torch.Generator) -> None:
     weight, _, moments = layer(generator)
-    first, again = wush.RandomRotation(5).fit(weight, moments), wush.RandomRotation(5).fit(weight * 2, moments)
-    torch.testing.assert_close(first @ first.T, torch.eye(32, dtype=torch.float64))
+    torch.manual_seed(0)
+    first = wush.RandomRotation(5).fit(weight, moments)
+    torch.manual_seed(1)
+    again = wush.RandomRotation(5).fit(weight * 2, moments.flip(0))
+    torch.testing.assert_close(first @ first.T, torch.eye(32, dtype=torch.float64), rtol=0, atol=1e-14)
     assert torch.equal(first, again)
     assert not torch.allclose(first, wush.RandomRotation(6).fit(weight, moments))
 
@@ -69,13 +119,31 @@ def test_random_rotations_have_no_preferred_sign() -> None:
 
 @pytest.mark.parametrize("transform", ALL, ids=lambda t: t.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_of_a_layer_does_not_change(
+def test_a_rounded_transform_preserves_the_product_exactly(
     transform: Transform, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
+    """The weight's inverse is that of the rounded transform: in float64 nothing is lost to the rounding."""
     weight, x, moments = layer(generator)
     rounded = transform.fit(weight, moments).to(dtype)
     product = apply_blocks(x, rounded.double()) @ transform_weight(weight, rounded).T
-    torch.testing.assert_close(product, x @ weight.T, rtol=1e-6, atol=1e-6 * (x @ weight.T).abs().max().item())
+    assert_relatively_close(product[None], (x @ weight.T)[None], 1e-12)
+
+
+@pytest.mark.parametrize("transform", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_computed_in_its_dtype_preserves_its_product_to_that_dtypes_rounding(
+    transform: Transform, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """The textbook bound: three roundings to the dtype and float32 sums of G and of I terms, of the magnitudes."""
+    weight, x, moments = (t.to(dtype) for t in layer(generator))
+    rounded = transform.fit(weight, moments.double()).to(dtype)
+    transformed = transform_weight(weight, rounded)
+    product = apply_blocks(x, rounded) @ transformed.to(dtype).T
+    magnitudes = apply_blocks(x.double().abs(), rounded.double().abs()) @ transformed.abs().T
+    error = (product.double() - x.double() @ weight.double().T).abs()
+    unit = torch.finfo(dtype).eps / 2
+    float32_sums = (rounded.shape[-1] + x.shape[1]) * torch.finfo(torch.float32).eps / 2
+    assert (error <= (3 * unit + float32_sums) * magnitudes).all()
 
 
 def test_apply_blocks_multiplies_each_block_by_its_own_matrix(generator: torch.Generator) -> None:
