@@ -174,15 +174,16 @@ class TrialRunner:
             attempt.blocks.append(Block.model_validate(asdict(report)))
             self.tracking.block(attempt.blocks[-1])
 
-        config = attempt.trial.config
+        config, report = attempt.trial.config, wush.QuantizationReport()
         with measured(attempt.stages, "quantize", attempt.device):
-            report = wush.quantize(
+            wush.quantize(
                 loaded.model,
                 calibration.split(config["calibration"]["batch_size"]),
                 format=instantiate(config["format"]),
                 transform=instantiate(config["transform"]),
                 algorithm=instantiate(config["algorithm"]),
                 exclude=config["quantize"]["exclude"],
+                report=report,
                 progress=self.progress,
                 on_block=on_block,
             )

@@ -19,7 +19,6 @@ from wush.formats import Format
 from wush.progress import Progress, Silent
 from wush.transforms import apply_blocks
 
-
 # Nats a token; beyond them the perplexity is no float64.
 LARGEST_NLL = 700.0
 

@@ -4,8 +4,7 @@ import fnmatch
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +56,6 @@ class QuantizationReport:
         layers = [layer for block in self.blocks for layer in block.layers]
         return sum(layer.bits_per_weight * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
 
-    def asdict(self) -> dict[str, Any]:
-        """Plain lists and dicts, ready for JSON."""
-        return {**asdict(self), "bits_per_weight": self.bits_per_weight}
-
 
 @dataclass
 class _Group:
@@ -86,9 +81,9 @@ def quantize(
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `report` is filled with each block's error as it is done, and `on_block` called. Raises `ValueError` for a layer that does not fit
-    the format or a pattern that excludes nothing, before any work; `UnsupportedModelError`; `NumericError` that
-    names the layer.
+    as `*.down_proj`. `report` is filled in with each block as it is done, and `on_block` called. Raises
+    `ValueError` for a layer that does not fit the format or a pattern that excludes nothing, before any work;
+    `UnsupportedModelError`; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):

@@ -110,9 +110,9 @@ def test_a_trial_gives_the_numbers_of_the_library_called_by_hand(cli: Cli) -> No
     held_out = EmbeddedText(part="evaluation", **sizes).cut(loaded.tokenizer, "evaluation")
     calibration = EmbeddedText(part="calibration", seed=0, **sizes).cut(loaded.tokenizer, "calibration")
     states = wush.original_states(loaded.model, held_out)
-    report = wush.quantize(
-        loaded.model, calibration.split(4), format=wush.NVFP4, transform=wush.Wush(), algorithm=wush.Gptq()
-    )
+    report = wush.QuantizationReport()
+    options = {"format": wush.NVFP4, "transform": wush.Wush(), "algorithm": wush.Gptq(), "report": report}
+    wush.quantize(loaded.model, calibration.split(4), **options)
     found = wush.evaluate(loaded.model, held_out, states)
     assert record.metrics.kl == found.kl
     assert record.metrics.perplexity == found.perplexity

@@ -285,7 +285,7 @@ def test_calibrated_nvfp4_keeps_half_of_amax_however_small_that_is(amax: float) 
     x[0, :2] = torch.tensor([amax, amax / 2])
     fmt = wush.Nvfp4("calibrated")
     back = fmt.dequantize(fmt.quantize(x, global_scale=fmt.weight_global_scale(x)))
-    torch.testing.assert_close(back, x, rtol=1e-6, atol=2.0**-149)
+    torch.testing.assert_close(back, x, rtol=2.0**-4, atol=2.0**-149)  # the rounding of an E4M3 scale
 
 
 def test_bits_per_weight_count_the_scales() -> None:

@@ -49,7 +49,9 @@ def quantize(
     model: nn.Module, ids: Tensor, fmt: wush.Format = wush.MXFP8, **options: object
 ) -> wush.QuantizationReport:
     options = {"transform": wush.Hadamard(), "algorithm": wush.Rtn()} | options
-    return wush.quantize(model, ids.split(2), format=fmt, **options)  # type: ignore[arg-type]
+    report = wush.QuantizationReport()
+    assert wush.quantize(model, ids.split(2), format=fmt, report=report, **options) is model  # type: ignore[arg-type]
+    return report
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -203,7 +205,8 @@ class AlternatingModel(nn.Module):
 def test_a_linear_that_only_a_later_batch_runs_is_quantized(generator: torch.Generator) -> None:
     model, ids = AlternatingModel(), torch.randint(0, 50, (2, 16), generator=generator)
     options = {"format": wush.MXFP4, "transform": wush.Wush(), "algorithm": wush.Gptq()}
-    report = wush.quantize(model, [ids[:, :8], ids], **options)  # type: ignore[arg-type]
+    report = wush.QuantizationReport()
+    wush.quantize(model, [ids[:, :8], ids], report=report, **options)  # type: ignore[arg-type]
     assert {layer.name for layer in report.blocks[0].layers} == {"short", "long"}
     assert not report.skipped
 
