@@ -62,3 +62,7 @@ def test_every_option_of_a_group_is_in_the_table(group: str) -> None:
     row = next(line for line in README.splitlines() if line.startswith(f"| `{group}`"))
     for path in (ROOT / "conf" / group).glob("*.yaml"):
         assert f"`{path.stem}`" in row
+
+
+def test_no_number_is_left_to_fill_in() -> None:
+    assert not re.findall(r"<!--|\bORIGINAL\b|\bMACHINE\b|\bREFIT\b", README)

@@ -21,6 +21,7 @@ SMALL = (
     "evaluation.windows=2",
     "evaluation.window_length=32",
     "progress=none",
+    "device=cpu",
 )
 
 

@@ -103,6 +103,7 @@ def test_ctrl_c_exits_at_once_and_finished_trials_stay(cli: Cli) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # some shells ignore it
     )
     deadline = time.monotonic() + 120
     while _rows_done(cli) < 3 and time.monotonic() < deadline:

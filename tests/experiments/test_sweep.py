@@ -91,7 +91,7 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert all(block.mse > 0 and len(block.layers) == 7 for block in record.blocks)
     assert set(record.stages) == {"load", "original", "quantize", "evaluate"}
     assert all(stage.peak_memory_bytes > 10**7 for stage in record.stages.values())  # type: ignore[operator]
-    assert record.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(record.versions["torch"])
     assert set(record.environment) == {"host", "platform", "processor", "cores", "threads", "device"}
     assert record.metrics.predictions == 2 * 31
     assert record.model_revision is None
