@@ -11,7 +11,7 @@ from tests.experiments.conftest import config
 
 @pytest.mark.parametrize(
     "override",
-    ["tracking=wandb", "device=cpu", "progress=lines", "results=elsewhere", "sweep=mine"],
+    ["tracking=wandb", "device=auto", "progress=lines", "results=elsewhere", "sweep=mine"],
 )
 def test_how_and_where_a_trial_runs_is_no_part_of_its_id(override: str) -> None:
     assert trial_id(config(override)) == trial_id(config())

@@ -230,7 +230,7 @@ def test_configs_that_are_one_trial_are_counted(caplog: pytest.LogCaptureFixture
 
 
 @pytest.mark.parametrize(
-    "override", ["results=elsewhere", "sweep=mine", "progress=lines", "device=cpu", "tracking=wandb"]
+    "override", ["results=elsewhere", "sweep=mine", "progress=lines", "device=auto", "tracking=wandb"]
 )
 def test_a_sweep_runs_in_one_way(override: str) -> None:
     with pytest.raises(ConfigError, match=f"one sweep has one {override.partition('=')[0]}"):
