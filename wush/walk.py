@@ -90,8 +90,8 @@ def quantize(
         raise ValueError("the model is quantized already; load the original again")
     blocks_name, blocks = find_blocks(model)
     report = QuantizationReport() if report is None else report
+    _check_excludes(exclude, blocks_name, blocks)
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
-    _check_excludes(exclude, report, blocks_name, blocks)
     _check_layers(blocks_name, blocks, chosen, format)
     calls = _record_batches(model, blocks, batches, progress)
     for index, block in progress.track(enumerate(blocks), "decoder blocks", len(blocks)):
@@ -100,7 +100,8 @@ def quantize(
         moment_size = None if algorithm.needs_whole_moment else format.group_size
         groups, outputs = _calibrate(name, block, calls, index, chosen[index], moment_size, device, progress)
         layers = _quantize_layers(name, block, groups, format, transform, algorithm, progress)
-        for missing in set(chosen[index]) - {layer.name for layer in layers}:
+        done_names = {layer.name for layer in layers}
+        for missing in (linear for linear in chosen[index] if linear not in done_names):
             report.skipped[f"{name}.{missing}"] = "the block's forward does not run it"
             log.warning("%s.%s: not quantized, the block's forward does not run it", name, missing)
         progress.detail(f"{name} output error")
@@ -161,12 +162,12 @@ def _record_batches(
     return [record_calls(model, blocks, batch.to(device)) for batch in tracked]
 
 
-def _check_excludes(
-    exclude: Sequence[str], report: QuantizationReport, blocks_name: str, blocks: nn.ModuleList
-) -> None:
-    useless = [p for p in exclude if f"excluded by {p!r}" not in report.skipped.values()]
+def _check_excludes(exclude: Sequence[str], blocks_name: str, blocks: nn.ModuleList) -> None:
+    """Raise `ValueError` for patterns that match no linear, with some names that could be meant."""
+    names = [f"{blocks_name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in linears(block)]
+    useless = [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]
     if useless:
-        known = ", ".join(f"{blocks_name}.0.{linear}" for linear in linears(blocks[0]))
+        known = ", ".join(names[: len(linears(blocks[0]))])
         raise ValueError(f"quantize.exclude={useless} matches no linear; the first decoder block has: {known}")
 
 

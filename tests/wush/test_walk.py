@@ -165,6 +165,11 @@ def test_a_pattern_that_excludes_nothing_is_an_error_that_shows_names(generator:
         quantize(tiny("llama"), tokens(generator), exclude=["down_proj", "*.up_proj"])
 
 
+def test_patterns_may_overlap(generator: torch.Generator) -> None:
+    report = quantize(tiny("llama"), tokens(generator), exclude=["*.mlp.*", "*.down_proj"])
+    assert len(report.skipped) == 3 * 3
+
+
 def test_a_block_can_be_excluded_whole(generator: torch.Generator) -> None:
     report = quantize(tiny("llama"), tokens(generator), exclude=["model.layers.1.*"])
     assert [len(block.layers) for block in report.blocks] == [7, 0, 7]
