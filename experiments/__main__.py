@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from experiments import benchmark
-from experiments.display import duration
+from experiments.benchmarks import promises
 from experiments.records import Record
 from experiments.schema import ConfigError
 from experiments.store import DamagedRecord, ResultStore
-from experiments.summary import shown
+from experiments.views.display import duration
+from experiments.views.summary import shown
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     bench.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args()
     if arguments.command == "bench":
-        return benchmark.main(arguments.quick, arguments.results, arguments.output)
+        return promises.main(arguments.quick, arguments.results, arguments.output)
     return show_trial(ResultStore(arguments.results), arguments.trial)
 
 

@@ -18,9 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments import sweep
-from experiments.display import log_to_console
-from experiments.launchers import as_composed
+from experiments.launch import driver
+from experiments.launch.plugins import as_composed
 from experiments.schema import ConfigError
+from experiments.views.display import log_to_console
 
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
@@ -31,7 +32,7 @@ def _app(config: DictConfig) -> None:
     with _readable_errors():  # here too: Hydra announces errors that leave the task in words of its own
         hydra_node = HydraConfig.get()
         composed = as_composed(config, hydra_node)  # type: ignore[arg-type]
-        sweep.run(sweep.plan([composed], hydra_node.overrides.task))
+        driver.run(sweep.plan([composed], hydra_node.overrides.task))
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
 def _readable_errors() -> Iterator[None]:
     try:
         yield
-    except sweep.SweepFailed:
+    except driver.SweepFailed:
         sys.exit(1)
     except (HydraException, OmegaConfBaseException, ConfigError) as error:
         for line in explain(error).splitlines():

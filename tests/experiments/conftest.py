@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments.launchers import as_composed
+from experiments.launch.plugins import as_composed
 from experiments.sweep import Composed
 
 ROOT = Path(__file__).parent.parent.parent

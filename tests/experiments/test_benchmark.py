@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmark import BenchmarkError, Measure, _run
+from experiments.benchmarks.promises import BenchmarkError, Measure, _run
 from tests.experiments.conftest import Cli
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Stage
-from experiments.report import render_report
-from experiments.report_plots import log_scale, metric_scale, number, styles_of
+from experiments.views.report import render_report
+from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
 
 BLOCKS = 30
 START = datetime(2025, 11, 22, 15, 0, tzinfo=UTC)
@@ -244,7 +244,7 @@ def test_at_most_24_curves_are_drawn_and_the_page_says_so() -> None:
 
 
 def test_importing_the_report_does_not_import_torch() -> None:
-    code = "import sys, experiments.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, experiments.views.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

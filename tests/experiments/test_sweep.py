@@ -16,12 +16,13 @@ import torch
 import wush
 import wush.models
 from experiments import sweep
+from experiments.launch import driver
 from experiments.records import SCHEMA_VERSION, Failure, Outcome, Record
 from experiments.schema import ConfigError, TrialConfig
 from experiments.store import ResultStore
-from experiments.summary import summarize
 from experiments.sweep import Composed
 from experiments.trial import Trial, TrialRunner, one_line
+from experiments.views.summary import summarize
 from tests.experiments.conftest import Cli, composed, config
 from wush.texts import TextWindows
 
@@ -173,8 +174,8 @@ def test_a_full_disk_fails_the_trial_and_leaves_no_record(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ResultStore, "finish", full_disk)
-    with pytest.raises(sweep.SweepFailed):
-        sweep.run(planned)
+    with pytest.raises(driver.SweepFailed):
+        driver.run(planned)
     assert not list(tmp_path.rglob("result.json"))
     assert "No space left on device" in next(tmp_path.rglob("failure.json")).read_text()
 
@@ -242,8 +243,8 @@ def test_a_text_edited_after_planning_fails_its_trial(tmp_path: Path) -> None:
     text.write_text("Some plain text. " * 50)
     planned = sweep.plan([composed(f"results={tmp_path}", "evaluation=text", f"evaluation.path={text}")], [])
     text.write_text("Another plain text. " * 50)
-    with pytest.raises(sweep.SweepFailed):
-        sweep.run(planned)
+    with pytest.raises(driver.SweepFailed):
+        driver.run(planned)
     assert not list(tmp_path.rglob("result.json"))
     reason = json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"]
     assert reason == "evaluation: the text changed since the sweep was planned; start it again"
@@ -251,7 +252,7 @@ def test_a_text_edited_after_planning_fails_its_trial(tmp_path: Path) -> None:
 
 def test_a_gpu_that_is_not_there_is_a_config_error_before_any_trial(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"device=cuda:99: this machine has .* set device=cpu"):
-        sweep.run(sweep.plan([composed(f"results={tmp_path}", "device=cuda:99")], []))
+        driver.run(sweep.plan([composed(f"results={tmp_path}", "device=cuda:99")], []))
     assert not list((tmp_path / "trials").iterdir())
 
 
@@ -260,8 +261,8 @@ def test_a_failure_before_any_work_is_stored_too(tmp_path: Path, monkeypatch: py
         raise RuntimeError("driver too old")
 
     monkeypatch.setattr("experiments.environment.describe", broken)
-    with pytest.raises(sweep.SweepFailed):
-        sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    with pytest.raises(driver.SweepFailed):
+        driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
     assert json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"] == "driver too old"
 
 
@@ -298,7 +299,7 @@ def test_each_original_is_loaded_cut_and_evaluated_once_a_sweep(
     configs = [
         composed(f"results={tmp_path}", "device=cpu", f"format={fmt}", f"model.seed={seed}") for fmt, seed in grid
     ]
-    outcomes = sweep.run(sweep.plan(configs, []))
+    outcomes = driver.run(sweep.plan(configs, []))
     assert [(o.labels["format"], o.labels["model.seed"]) for o in outcomes] == [(f, str(s)) for f, s in grid]
     assert calls == {"load": 2, "cut": 4, "states": 2}
 
@@ -306,11 +307,11 @@ def test_each_original_is_loaded_cut_and_evaluated_once_a_sweep(
 def test_a_trial_that_another_process_finished_meanwhile_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (done,) = sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    (done,) = driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
     answers = iter([None, done.record])
     monkeypatch.setattr(ResultStore, "finished", lambda *_: next(answers))
     monkeypatch.setattr(TrialRunner, "run", None)
-    (again,) = sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    (again,) = driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
     assert again.record == done.record
     assert not again.earlier
 
@@ -318,17 +319,17 @@ def test_a_trial_that_another_process_finished_meanwhile_is_not_run_again(
 def test_a_metric_that_is_not_finite_fails_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = wush.Evaluation(perplexity=math.inf, perplexity_original=2.0, kl=1.0, top1=0.5, predictions=62)
     monkeypatch.setattr("wush.evaluate", lambda *_, **__: found, raising=False)
-    with pytest.raises(sweep.SweepFailed):
-        sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    with pytest.raises(driver.SweepFailed):
+        driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
     assert "perplexity is inf" in json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"]
 
 
 def test_a_failed_trial_has_its_config_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Outcome] = []
-    monkeypatch.setattr(sweep, "summarize", lambda _, outcomes, __: seen.extend(outcomes))
+    monkeypatch.setattr(driver, "summarize", lambda _, outcomes, __: seen.extend(outcomes))
     planned = sweep.plan([composed(f"results={tmp_path}", "model.hidden_size=40")], [])
-    with pytest.raises(sweep.SweepFailed):
-        sweep.run(planned)
+    with pytest.raises(driver.SweepFailed):
+        driver.run(planned)
     assert seen[0].config == planned.trials[0].config
     assert {"host", "platform", "processor", "cores", "threads", "device"} <= set(seen[0].environment)
 
@@ -344,7 +345,7 @@ def test_the_table_and_report_are_written_after_each_trial(tmp_path: Path, monke
 
     monkeypatch.setattr(TrialRunner, "run", second_is_interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(planned)
+        driver.run(planned)
     first, second = next(tmp_path.rglob("table.md")).read_text().splitlines()[-2:]
     assert "%" in first
     assert "not run yet" in second
@@ -354,7 +355,7 @@ def test_the_table_and_report_are_written_after_each_trial(tmp_path: Path, monke
 def test_a_table_that_cannot_be_written_is_shown_first_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = sweep.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    outcomes = driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
     capsys.readouterr()
 
     def full_disk(_: int) -> None:

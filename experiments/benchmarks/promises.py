@@ -20,7 +20,7 @@ from rich.table import Table
 from experiments.records import Record
 from experiments.store import ResultStore, to_json, write_atomically
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MAIN_JOB = ("-m", "format=mxfp4,nvfp4", "transform=h,wush")
 QUICK = (
     *("model=tiny_llama", "calibration.windows=2", "calibration.window_length=32"),

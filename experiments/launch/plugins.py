@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import sweep
+from experiments.launch import driver
 from experiments.schema import ConfigError
 from experiments.sweep import Composed
 
@@ -68,7 +69,7 @@ class LocalLauncher(Launcher):
         loader = self._context.config_loader
         configs = [loader.load_sweep_config(self._config, list(own)) for own in job_overrides]
         composed = [as_composed(config, config.hydra) for config in configs]
-        outcomes = sweep.run(sweep.plan(composed, self._config.hydra.overrides.task))
+        outcomes = driver.run(sweep.plan(composed, self._config.hydra.overrides.task))
         return [JobReturn(overrides=[outcome.name], status=JobStatus.COMPLETED) for outcome in outcomes]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.display import duration
 from experiments.records import Outcome, Record
-from experiments.report_plots import SHAPES, Panel, Trial, panel
+from experiments.views.display import duration
+from experiments.views.report_plots import SHAPES, Panel, Trial, panel
 
 DASH = "–"
 

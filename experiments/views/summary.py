@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.display import duration
 from experiments.records import Outcome
 from experiments.store import ResultStore, write_atomically
+from experiments.views.display import duration
 
 METRIC_COLUMNS = ("perplexity", "vs original", "KL", "top-1", "bits", "time")
 WIDTH_OF_A_FILE = 160
@@ -51,7 +51,7 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
 
 def write(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
     """Write the table and the report of a sweep, as far as it is."""
-    from experiments.report import render_report
+    from experiments.views.report import render_report
 
     folder = store.sweep(name)
     write_atomically(folder / "table.md", to_markdown(name, tabulate(outcomes, store)))

@@ -1,0 +1,1 @@
+"""What the project promises of itself in time and memory, measured."""

@@ -1,0 +1,1 @@
+"""What people look at: progress, tables, reports, status and comparisons. Reads results; computes no metric."""
