@@ -1,5 +1,7 @@
 """Where a trial ran: versions, hardware, git commit; and what each of its stages cost."""
 
+import functools
+import hashlib
 import os
 import platform
 import subprocess
@@ -40,6 +42,15 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}+changes" if changes else commit
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """What a trial's bits depend on beside its config: the method's source, torch and transformers."""
+    source = hashlib.sha256()
+    for path in sorted((Path(__file__).parent.parent / "wush").glob("*.py")):
+        source.update(path.read_bytes())
+    return {"wush source": source.hexdigest()} | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
 def describe(device: str) -> dict[str, Any]:

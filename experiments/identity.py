@@ -9,7 +9,12 @@ from typing import Any
 from hydra.utils import instantiate
 
 # How and where a trial runs; no key here can change its result.
-NEUTRAL = ("tracking", "device", "progress", "results", "sweep")
+NEUTRAL = ("tracking", "device", "progress", "results", "keep_blocks", "sweep")
+# Of a text: the windows run at a time. Every sum over windows is made window by window, so this changes no result.
+NEUTRAL_OF_TEXT = ("batch_size",)
+# Of a text: which windows are cut and how they are run, not what the text is.
+WINDOWS = ("windows", "window_length", "batch_size", "seed")
+TEXTS = ("calibration", "evaluation")
 # What an unquantized baseline does not use.
 UNUSED_BY_BASELINE = ("transform", "algorithm", "calibration", "quantize")
 BASELINE = "wush.Unquantized"
@@ -21,35 +26,72 @@ def trial_id(config: dict[str, Any]) -> str:
 
     Raises `ValueError` when a text or a local model cannot be read.
     """
-    return hash_of(identity(config))
+    return hash_of(Identities().identity(config))
 
 
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that a trial's id is the hash of."""
-    parts = relevant(config)
-    for key in ("calibration", "evaluation"):
-        if key in parts:
-            parts[key] = text_identity(parts[key])
-    return {**parts, "model": model_identity(config["model"])}
+class Identities:
+    """The identities of a sweep's configs: each text is read once, and a part that configs share is worked out once.
+
+    A shared part is known as the same object, so the configs must outlive this.
+    """
+
+    def __init__(self) -> None:
+        self._relevant: dict[tuple[str, int, bool], Any] = {}
+        self._identified: dict[tuple[str, int], Any] = {}
+        self._sha256_of_text: dict[str, str | ValueError] = {}
+
+    def identity(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The part of a resolved config that a trial's id is the hash of.
+
+        Raises `ValueError` when a text or a local model cannot be read.
+        """
+        parts = self.relevant(config)
+        for key in ("model", *TEXTS):
+            if key in parts:
+                known = (key, id(config[key]))
+                if known not in self._identified:
+                    identify = model_identity if key == "model" else self._text
+                    self._identified[known] = identify(config[key])
+                parts[key] = self._identified[known]
+        return parts
+
+    def relevant(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The keys that can change the result. The top-level `seed` can only where other keys refer to it."""
+        dropped = (*NEUTRAL, "seed", *(UNUSED_BY_BASELINE if is_baseline(config) else ()))
+        refits = config["algorithm"]["_target_"] != "wush.Rtn"
+        parts = {}
+        for key, value in config.items():
+            if key not in dropped:
+                known = (key, id(value), refits)
+                if known not in self._relevant:
+                    self._relevant[known] = _relevant(key, value, refits)
+                parts[key] = self._relevant[known]
+        return parts
+
+    def _text(self, node: dict[str, Any]) -> dict[str, Any]:
+        """A text node with its file's content in place of its path."""
+        text = json.dumps({key: value for key, value in node.items() if key not in WINDOWS})
+        if text not in self._sha256_of_text:
+            try:
+                self._sha256_of_text[text] = instantiate(node).sha256
+            except ValueError as error:  # told for every config that has it, found out once
+                self._sha256_of_text[text] = error
+        sha256 = self._sha256_of_text[text]
+        if isinstance(sha256, ValueError):
+            raise sha256.with_traceback(None)
+        own = {key: value for key, value in node.items() if key != "path" and key not in NEUTRAL_OF_TEXT}
+        return {**own, "sha256": sha256}
 
 
-def relevant(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that can change the result. The top-level `seed` can only where other keys refer to it."""
-    dropped = (*NEUTRAL, "seed", *(UNUSED_BY_BASELINE if is_baseline(config) else ()))
-    parts = {key: value for key, value in config.items() if key not in dropped}
-    if "transform" in parts and config["algorithm"]["_target_"] == "wush.Rtn":  # refits nothing
-        parts["transform"] = {key: value for key, value in parts["transform"].items() if key != "refit"}
-    return parts
+def _relevant(key: str, value: Any, refits: bool) -> Any:
+    """A top-level value without what cannot change the result."""
+    without = NEUTRAL_OF_TEXT if key in TEXTS else ("refit",) if key == "transform" and not refits else ()
+    return {name: own for name, own in value.items() if name not in without} if without else value
 
 
 def is_baseline(config: dict[str, Any]) -> bool:
     """Whether a config is the unquantized baseline."""
     return config["format"]["_target_"] == BASELINE
-
-
-def text_identity(node: dict[str, Any]) -> dict[str, Any]:
-    """A text node with its file's content in place of its path."""
-    return {**{k: v for k, v in node.items() if k != "path"}, "sha256": instantiate(node).sha256}
 
 
 def model_identity(node: dict[str, Any]) -> dict[str, Any]:

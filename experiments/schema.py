@@ -175,7 +175,10 @@ def _sweep_name(value: str | None) -> str | None:
 
 
 class TrialConfig(_Strict):
-    """One trial. The keys from `device` on say how and where it runs, and cannot change its result."""
+    """One trial. The keys from `tracking` on say how and where it runs, and cannot change its result.
+
+    No validator may compare two keys: a sweep's configs share parts, and each is validated once (`sweep.plan`).
+    """
 
     model: Model
     format: Format
@@ -189,6 +192,7 @@ class TrialConfig(_Strict):
     device: Annotated[str, AfterValidator(_device)]
     progress: Literal["auto", "bars", "lines", "none"]
     results: str = Field(min_length=1)
+    keep_blocks: bool
     sweep: Annotated[str | None, AfterValidator(_sweep_name)]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from experiments.records import SCHEMA_VERSION, Failure, Record
+from experiments.records import SCHEMA_VERSION, Failure, Record, Result
 from experiments.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,31 @@ class ResultStore:
             log.warning("%s; moved to %s", damaged, aside.name)
             return None
 
+    def results(self, trial_ids: Iterable[str], mend: bool = False) -> dict[str, Result]:
+        """The results of the finished ones of the trials, in the order given.
+
+        A damaged one is left out with a warning and, if they are to be mended, moved aside. Raises `ConfigError` that
+        lists the records that another version of this program wrote.
+        """
+        from experiments.query import results
+
+        paths = {trial_id: self.trial(trial_id) / "result.json" for trial_id in trial_ids}
+        there = {trial_id: path for trial_id, path in paths.items() if path.exists()}
+        found = {result.trial_id: result for result in results(list(there.values()))} if there else {}
+        foreign = []
+        for trial_id in there.keys() - found.keys():  # none in bulk: read by itself, to learn why
+            try:
+                record = self.finished(trial_id) if mend else self.record(trial_id)
+            except DamagedRecord as damaged:
+                log.warning("%s", damaged)
+            except ConfigError as error:
+                foreign.append(str(error))
+            else:
+                found |= {trial_id: Result.of(record)} if record else {}
+        if foreign:
+            raise ConfigError("\n".join(sorted(foreign)))
+        return {trial_id: found[trial_id] for trial_id in there if trial_id in found}
+
     def failure(self, trial_id: str) -> Failure | None:
         """Why the last attempt of an unfinished trial failed, or None."""
         try:
@@ -113,31 +138,12 @@ class ResultStore:
 
     def table(self, trial_ids: Iterable[str]) -> list[dict[str, Any]]:
         """The finished ones of the trials as flat rows (`metrics.kl`, `choices.model`, ...), in the order given."""
-        import duckdb
-
-        order = {trial_id: i for i, trial_id in enumerate(trial_ids)}
-        files = [str(f) for f in (self.trial(trial_id) / "result.json" for trial_id in order) if f.exists()]
-        if not files:
-            return []
-        columns = {
-            "trial_id": "VARCHAR",
-            "choices": "MAP(VARCHAR, VARCHAR)",
-            "metrics": "MAP(VARCHAR, DOUBLE)",
-            "stages": "MAP(VARCHAR, STRUCT(seconds DOUBLE))",
-        }
-        query = """
-            SELECT trial_id, choices, metrics,
-                   list_sum(list_transform(map_values(stages), lambda stage: stage.seconds)) AS seconds
-            FROM read_json($files, columns = $columns, maximum_object_size = 100000000)
-        """
-        with duckdb.connect() as connection:
-            found = connection.execute(query, {"files": files, "columns": columns}).fetchall()
-        rows = []
-        for trial_id, choices, metrics, seconds in sorted(found, key=lambda row: order[row[0]]):
-            flat = {"trial_id": trial_id, "seconds": seconds}
-            flat |= {f"choices.{key}": value for key, value in choices.items()}
-            rows.append(flat | {f"metrics.{key}": value for key, value in metrics.items()})
-        return rows
+        return [
+            {"trial_id": trial_id, "seconds": result.seconds}
+            | {f"choices.{key}": value for key, value in result.choices.items()}
+            | {f"metrics.{key}": value for key, value in result.metrics}
+            for trial_id, result in self.results(trial_ids).items()
+        ]
 
 
 class _Version(BaseModel):
@@ -164,25 +170,26 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all: temporary file, fsync, rename.
+def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Write a file so that it is there whole or not at all: temporary file, fsync (when `durable`), rename.
 
     Raises `OSError` that names the file.
     """
     try:
-        _replace(path, text)
+        _replace(path, content.encode() if isinstance(content, str) else content, durable)
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes, durable: bool) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

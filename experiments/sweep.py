@@ -3,12 +3,12 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.identity import NEUTRAL, UNUSED_BY_BASELINE, hash_of, identity, is_baseline, relevant
-from experiments.schema import ConfigError, validate
+from experiments.identity import NEUTRAL, NEUTRAL_OF_TEXT, TEXTS, UNUSED_BY_BASELINE, Identities, hash_of, is_baseline
+from experiments.schema import ConfigError, TrialConfig, validate
 from experiments.store import ResultStore
 from experiments.trial import Trial
 
@@ -35,46 +35,76 @@ class Sweep:
     progress: Any
 
 
-def plan(composed: Sequence[Composed], overrides: Sequence[str]) -> Sweep:
-    """Validate every config of a sweep and leave out repeated trials; all errors come in one `ConfigError`."""
-    valid, parts = _validated(composed)
+def plan(composed: Sequence[Composed], overrides: Sequence[str], problems: Iterable[str] = ()) -> Sweep:
+    """Validate every config of a sweep and leave out repeated trials.
+
+    All errors come in one `ConfigError`, the `problems` that composing met first.
+    """
+    identities = Identities()
+    valid, parts = _validated(composed, identities, problems)
     _check_one_way_to_run(valid)
-    ids = [hash_of(one) for one in parts]
-    first = {id_: ids.index(id_) for id_ in ids}
-    if len(first) < len(ids):
-        log.info("%d configs are the same trial as another one", len(ids) - len(first))
-    labels = label([valid[i] for i in first.values()])
+    first: dict[str, int] = {}
+    for i, one in enumerate(parts):
+        first.setdefault(hash_of(one), i)
+    if len(first) < len(parts):
+        log.info("%d configs are the same trial as another one", len(parts) - len(first))
+    kept = [valid[i] for i in first.values()]
     trials = tuple(
-        Trial(id_, valid[i].config, _used_choices(valid[i]), own, parts[i])
-        for (id_, i), own in zip(first.items(), labels, strict=True)
+        Trial(id_, one.config, used, own, parts[i])
+        for (id_, i), one, used, own in zip(
+            first.items(), kept, _used_choices(kept), label(kept, identities), strict=True
+        )
     )
     config = valid[0].config
     name = config["sweep"] or sweep_name(overrides)
     return Sweep(name, trials, ResultStore(config["results"]), config["progress"])
 
 
-def _validated(composed: Sequence[Composed]) -> tuple[list[Composed], list[dict[str, Any]]]:
+def _validated(
+    composed: Sequence[Composed], identities: Identities, problems: Iterable[str]
+) -> tuple[list[Composed], list[dict[str, Any]]]:
     """The configs as the schema has them, and their identities."""
     valid, parts = [], []
-    problems: dict[str, None] = {}
+    found = dict.fromkeys(problems)
+    validator = _Validator()
     for one in composed:
         try:
-            config = validate(one.config).model_dump(mode="json", by_alias=True)
-            parts.append(identity(config))
+            config = validator.validated(one.config)
+            parts.append(identities.identity(config))
             valid.append(Composed(config, one.choices))
         except ValueError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-    if problems:
-        raise ConfigError("\n".join(problems))
+            found |= dict.fromkeys(str(error).splitlines())
+    if found:
+        raise ConfigError("\n".join(found))
     return valid, parts
+
+
+class _Validator:
+    """Validates configs that share parts: each part once, told by being the same object."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, type, Any], Any] = {}
+
+    def validated(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The plain values of the typed config, in the schema's order; raises `ConfigError`."""
+        known = {name: self._key(name, config.get(name)) for name in TrialConfig.model_fields}
+        if config.keys() != known.keys() or not all(key in self._parts for key in known.values()):
+            plain = validate(config).model_dump(mode="json", by_alias=True)
+            for name, key in known.items():
+                self._parts.setdefault(key, plain[name])
+        return {name: self._parts[key] for name, key in known.items()}
+
+    @staticmethod
+    def _key(name: str, value: Any) -> tuple[str, type, Any]:
+        return name, type(value), id(value) if isinstance(value, (dict, list)) else value
 
 
 def _check_one_way_to_run(composed: Sequence[Composed]) -> None:
     """Raise `ConfigError` when trials of a sweep differ in how or where they are to run."""
     problems = []
     for key in NEUTRAL:
-        values = list(dict.fromkeys(str(one.choices.get(key, one.config[key])) for one in composed))
         if any(one.config[key] != composed[0].config[key] for one in composed):
+            values = dict.fromkeys(str(one.choices.get(key, one.config[key])) for one in composed)
             problems.append(
                 f"{key}={','.join(values)}: one sweep has one {key}; give one value, or start several sweeps"
             )
@@ -82,40 +112,65 @@ def _check_one_way_to_run(composed: Sequence[Composed]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _used_choices(one: Composed) -> dict[str, str]:
-    unused = UNUSED_BY_BASELINE if is_baseline(one.config) else ()
-    return {group: option for group, option in one.choices.items() if group not in unused}
+def _used_choices(composed: Sequence[Composed]) -> list[dict[str, str]]:
+    """For each config its choices of the groups that matter to it: one object for those that share them."""
+    shared: dict[tuple[int, bool], dict[str, str]] = {}
+    for one in composed:
+        baseline = is_baseline(one.config)
+        if (id(one.choices), baseline) not in shared:
+            unused = UNUSED_BY_BASELINE if baseline else ()
+            used = {group: option for group, option in one.choices.items() if group not in unused}
+            shared[id(one.choices), baseline] = used
+    return [shared[id(one.choices), is_baseline(one.config)] for one in composed]
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
     """A folder name made of the overrides that can change a result, such as `format-mxfp4+nvfp4_transform-h`."""
-    telling = [o for o in overrides if re.split(r"[=./@]", o.lstrip("+~"))[0] not in (*NEUTRAL, "hydra")]
+    telling = [override for override in overrides if not _is_neutral(override)]
     name = re.sub(r"[^\w.+-]", "-", "_".join(telling).replace("=", "-").replace(",", "+")) or "default"
     return name if len(name) <= 80 else f"{name[:63].rstrip('_-+')}-{hash_of(list(overrides))}"
 
 
-def label(composed: Sequence[Composed]) -> list[dict[str, str]]:
+def _is_neutral(override: str) -> bool:
+    group, *keys = re.split(r"[./@]", override.lstrip("+~").partition("=")[0])
+    return group in (*NEUTRAL, "hydra") or (group in TEXTS and bool(keys) and keys[-1] in NEUTRAL_OF_TEXT)
+
+
+def label(composed: Sequence[Composed], identities: Identities | None = None) -> list[dict[str, str]]:
     """For each config what tells it from the others.
 
     Its choice of each group that matters to it, and every other key whose value differs among the configs with
     the same choice of the key's group.
     """
-    flat = [_flatten(relevant(one.config)) for one in composed]
-    values: dict[tuple[str, str | None], set[str]] = defaultdict(set)
-    for one, own in zip(composed, flat, strict=True):
-        for key, value in own.items():
-            values[key, one.choices.get(key.partition(".")[0])].add(str(value))
+    identities = identities or Identities()
+    parts = [identities.relevant(one.config) for one in composed]
+    differing = _differing(composed, parts)
     labels = []
-    for one, own in zip(composed, flat, strict=True):
-        used = _used_choices(one)
-        choices = {group: used.get(group, "-") for group in LABELLING_GROUPS}
-        differing = {
-            key: str(value)
-            for key, value in own.items()
-            if len(values[key, one.choices.get(key.partition(".")[0])]) > 1
-        }
-        labels.append(choices | differing)
+    for one, used, own in zip(composed, _used_choices(composed), parts, strict=True):
+        labels.append({group: used.get(group, "-") for group in LABELLING_GROUPS})
+        for name, part in own.items():
+            labels[-1] |= differing[name, one.choices.get(name), id(part)]
     return labels
+
+
+def _differing(
+    composed: Sequence[Composed], parts: Sequence[dict[str, Any]]
+) -> dict[tuple[str, str | None, int], dict[str, str]]:
+    """For each part (its name, the choice that made it, its object) those of its keys that differ between parts."""
+    flat: dict[tuple[str, str | None, int], dict[str, str]] = {}
+    for one, own in zip(composed, parts, strict=True):
+        for name, part in own.items():
+            key = name, one.choices.get(name), id(part)
+            if key not in flat:
+                flat[key] = {path: str(value) for path, value in _flatten(part, name).items()}
+    values: dict[tuple[str, str | None], set[str]] = defaultdict(set)
+    for (_, choice, _), pairs in flat.items():
+        for path, value in pairs.items():
+            values[path, choice].add(value)
+    return {
+        (name, choice, part): {path: value for path, value in pairs.items() if len(values[path, choice]) > 1}
+        for (name, choice, part), pairs in flat.items()
+    }
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

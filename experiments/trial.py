@@ -5,17 +5,22 @@ config -> model + tokenizer -> calibration windows -> quantized decoder blocks -
 
 from __future__ import annotations
 
+import _thread
 import logging
 import math
 import platform
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.attempts import Attempt, AttemptLost, Attempts, Cancelled, Lease, Watched
+from experiments.checkpoints import Checkpoint
+from experiments.environment import code_versions
+from experiments.failures import ADVICE, Kind, classify, may_go_on, memory_failures
 from experiments.records import Block, Data, Failure, Metrics, Record, Stage, now
 from experiments.store import ResultStore
 from experiments.tracking import Tracking
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REASON_LENGTH = 240
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class _Attempt:
     """What a trial has found so far."""
 
     trial: Trial
+    lease: Lease
+    one_window: bool = False
     started: datetime = field(default_factory=now)
     device: str = "cpu"
     environment: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +79,10 @@ class _Attempt:
     bits_per_weight: float = math.nan
     metrics: Metrics | None = None
 
+    def batch_size(self, text: str) -> int:
+        """Windows a forward; one after the trial ran out of memory."""
+        return 1 if self.one_window else self.trial.config[text]["batch_size"]
+
 
 class TrialRunner:
     """Runs trials one after the other, keeping what they can share: the store, the tracker and the original model."""
@@ -82,37 +94,116 @@ class TrialRunner:
         self.progress = progress
         self._kept: Originals | None = None
 
-    def run(self, trial: Trial) -> Record | Failure:
-        """The trial's record, or why it failed; both are in the store. Only an interrupt is raised."""
-        import yaml
+    def run(self, trial: Trial) -> Record | Failure | Attempt:
+        """The trial's record, or why it failed; both are in the store. Or the attempt of a process that runs it now.
+
+        What was saved of an earlier attempt is used. Out of memory is tried again once, one window at a time. Only
+        an interrupt and `Cancelled` are raised.
+        """
+        attempts = Attempts(self.store, trial.trial_id)
+        while True:
+            lease = attempts.claim(self.sweep)
+            if isinstance(lease, Attempt):
+                return lease
+            found = self._done_meanwhile(trial, lease) or self._attempt(trial, attempts, lease)
+            if found is not None:
+                return found
+            self._kept = None  # whatever it holds, another attempt needs the memory more
+
+    def _done_meanwhile(self, trial: Trial, lease: Lease) -> Record | None:
+        record = self.store.finished(trial.trial_id)
+        if record is not None:
+            lease.end("done")
+            log.info("trial %s: another process has finished it meanwhile", trial.trial_id)
+            self.tracking.skip(trial.trial_id)
+        return record
+
+    def _attempt(self, trial: Trial, attempts: Attempts, lease: Lease) -> Record | Failure | None:
+        """One attempt; None when there is to be another."""
         from hydra.errors import InstantiationException
 
-        attempt = _Attempt(trial)
+        attempt = _Attempt(trial, lease)
         try:
-            folder = self.store.begin(trial.trial_id, yaml.safe_dump(trial.config, sort_keys=False))
-            with _logged(folder / "trial.log", attempt.warnings):
-                return self._run(attempt)
+            with lease.kept(_thread.interrupt_main):
+                return self._logged_attempt(attempt, attempts.since_failure())
+        except AttemptLost:
+            return None
+        except (KeyboardInterrupt, Cancelled) as error:
+            self._interrupted(attempt, error)
+            return None
         except InstantiationException as error:  # what Hydra wraps is the error that says what is wrong
-            return self._fail(attempt, error.__cause__ or error)
+            return self._failed(attempt, attempts, error.__cause__ or error)
         except Exception as error:  # any failure is the trial's own; the sweep goes on
-            return self._fail(attempt, error)
+            return self._failed(attempt, attempts, error)
+
+    def _logged_attempt(self, attempt: _Attempt, attempts: Sequence[Attempt]) -> Record:
+        import yaml
+
+        trial = attempt.trial
+        folder = self.store.begin(trial.trial_id, yaml.safe_dump(trial.config, sort_keys=False))
+        with _logged(folder / "trial.log", attempt.warnings):
+            if len(attempts) > 1:
+                log.info("trial %s: attempt %d", trial.trial_id, attempt.lease.number)
+            attempt.one_window = memory_failures(attempts) > 0
+            if attempt.one_window:
+                log.warning("the trial ran out of memory before: calibrated and evaluated one window at a time")
+            return self._run(attempt)
 
     def _run(self, attempt: _Attempt) -> Record:
         trial = attempt.trial
         self.tracking.start(trial.trial_id, trial.choices, trial.config, self.sweep, self.store.root)
         self._look_around(attempt)
+        checkpoint = Checkpoint(
+            self.store.trial(trial.trial_id),
+            code_versions(),
+            attempt.environment["device"],
+            attempt.warnings,
+            attempt.lease.check,
+        )
         loaded = self._load(attempt)
         held_out = self._windows(attempt, loaded, "evaluation")
         calibration = self._windows(attempt, loaded, "calibration") if "calibration" in trial.identity else None
         _warn_if_same_text(attempt.data)
         states = self._states(attempt, loaded, held_out)
         if calibration is not None:
-            self._quantize(attempt, loaded, calibration)
-        self._evaluate(attempt, loaded, held_out, states)
-        record = _record(attempt)
+            self._quantize(attempt, loaded, calibration, checkpoint)
+        self._evaluate(attempt, loaded, held_out, states, checkpoint)
+        record = _record(attempt, len(checkpoint.restored))
+        attempt.lease.check()
         self.store.finish(record)
+        attempt.lease.end("done")
+        checkpoint.remove(trial.config["keep_blocks"])
         self.tracking.finish(record)
         return record
+
+    def _interrupted(self, attempt: _Attempt, error: BaseException) -> None:
+        """End an attempt that was told to stop; raises `error`, or `Cancelled`, unless the trial was taken over."""
+        try:
+            attempt.lease.check()
+        except AttemptLost:
+            log.warning("trial %s: this process was silent for long, another has taken it over", attempt.trial.trial_id)
+            return
+        except Cancelled as cancelled:
+            error = cancelled
+        cancelled_now = isinstance(error, Cancelled)
+        attempt.lease.end("cancelled" if cancelled_now else "interrupted")
+        self.tracking.interrupt("cancelled" if cancelled_now else "interrupted")
+        raise error
+
+    def _failed(self, attempt: _Attempt, attempts: Attempts, error: BaseException) -> Failure | None:
+        """Record why an attempt failed; None when it is tried again."""
+        kind = classify(error)
+        if kind == "out of memory":
+            attempt.lease.end(kind, one_line(error))
+            if may_go_on(attempts.since_failure()):
+                log.warning(
+                    "trial %s: %s; tried again with one window at a time", attempt.trial.trial_id, one_line(error)
+                )
+                self.tracking.interrupt(kind)
+                return None
+        failure = self._fail(attempt, error, kind)
+        attempt.lease.end("failed", failure.reason)
+        return failure
 
     def _look_around(self, attempt: _Attempt) -> None:
         from experiments.environment import describe, resolve_device
@@ -160,11 +251,11 @@ class TrialRunner:
     def _states(self, attempt: _Attempt, loaded: LoadedModel, held_out: Tensor) -> Tensor:
         from experiments.environment import measured
 
-        text, size = attempt.trial.identity["evaluation"], attempt.trial.config["evaluation"]["batch_size"]
+        text, size = attempt.trial.identity["evaluation"], attempt.batch_size("evaluation")
         with measured(attempt.stages, "original", attempt.device):
-            return self._originals.states(loaded, held_out, text, size, self.progress)
+            return self._originals.states(loaded, held_out, text, size, self._watched(attempt))
 
-    def _quantize(self, attempt: _Attempt, loaded: LoadedModel, calibration: Tensor) -> None:
+    def _quantize(self, attempt: _Attempt, loaded: LoadedModel, calibration: Tensor, checkpoint: Checkpoint) -> None:
         from hydra.utils import instantiate
 
         import wush
@@ -172,42 +263,63 @@ class TrialRunner:
 
         def on_block(report: wush.BlockReport) -> None:
             attempt.blocks.append(Block.model_validate(asdict(report)))
-            self.tracking.block(attempt.blocks[-1])
+            watched.note = f"{report.name}: relative error {report.relative_mse:.2e}"
+            if report.index not in checkpoint.restored:
+                self.tracking.block(attempt.blocks[-1])
 
-        config, report = attempt.trial.config, wush.QuantizationReport()
+        config, report, watched = attempt.trial.config, wush.QuantizationReport(), self._watched(attempt)
         with measured(attempt.stages, "quantize", attempt.device):
             wush.quantize(
                 loaded.model,
-                calibration.split(config["calibration"]["batch_size"]),
+                calibration.split(attempt.batch_size("calibration")),
                 format=instantiate(config["format"]),
                 transform=instantiate(config["transform"]),
                 algorithm=instantiate(config["algorithm"]),
                 exclude=config["quantize"]["exclude"],
                 report=report,
-                progress=self.progress,
+                progress=watched,
                 on_block=on_block,
+                saved=checkpoint,
             )
         attempt.bits_per_weight, attempt.skipped = report.bits_per_weight, report.skipped
+        if checkpoint.restored:
+            log.info(
+                "%d of %d decoder blocks restored from an earlier attempt",
+                len(checkpoint.restored),
+                len(attempt.blocks),
+            )
+            attempt.stages["quantize"].seconds += sum(attempt.blocks[index].seconds for index in checkpoint.restored)
 
-    def _evaluate(self, attempt: _Attempt, loaded: LoadedModel, held_out: Tensor, states: Tensor) -> None:
+    def _evaluate(
+        self, attempt: _Attempt, loaded: LoadedModel, held_out: Tensor, states: Tensor, checkpoint: Checkpoint
+    ) -> None:
         import wush
         from experiments.environment import measured
 
-        size = attempt.trial.config["evaluation"]["batch_size"]
-        with measured(attempt.stages, "evaluate", attempt.device):
-            found = wush.evaluate(loaded.model, held_out, states, batch_size=size, progress=self.progress)
-        values = asdict(found) | {"bits_per_weight": attempt.bits_per_weight}
-        wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: no result; look for the first such block in this trial's log")
-        attempt.metrics = Metrics(**values)
+        saved = checkpoint.evaluation(HELD_OUT)
+        if saved is None:
+            with measured(attempt.stages, "evaluate", attempt.device):
+                size, watched = attempt.batch_size("evaluation"), self._watched(attempt)
+                found = wush.evaluate(loaded.model, held_out, states, batch_size=size, progress=watched)
+            values = asdict(found)
+            wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+            if wrong:
+                raise wush.NumericError(f"{', '.join(wrong)}: no result; look for the first such block in the log")
+            saved = {"metrics": values, "stage": attempt.stages["evaluate"].model_dump()}
+            checkpoint.save_evaluation(HELD_OUT, saved)
+        attempt.stages["evaluate"] = Stage(**saved["stage"])
+        attempt.metrics = Metrics(**saved["metrics"], bits_per_weight=attempt.bits_per_weight)
 
-    def _fail(self, attempt: _Attempt, error: BaseException) -> Failure:
+    def _watched(self, attempt: _Attempt) -> Watched:
+        return Watched(self.progress, attempt.lease)
+
+    def _fail(self, attempt: _Attempt, error: BaseException, kind: Kind) -> Failure:
         trial_id = attempt.trial.trial_id
         failure = Failure(
             trial_id=trial_id,
             reason=one_line(error),
-            kind=type(error).__name__,
+            kind=kind,
+            advice=ADVICE[kind],
             host=platform.node(),
             environment=attempt.environment,
             failed_at=now(),
@@ -223,7 +335,7 @@ class TrialRunner:
         return failure
 
 
-def _record(attempt: _Attempt) -> Record:
+def _record(attempt: _Attempt, restored_blocks: int) -> Record:
     assert attempt.metrics is not None
     machine = {key: value for key, value in attempt.environment.items() if key not in ("versions", "git_commit")}
     return Record(
@@ -236,6 +348,8 @@ def _record(attempt: _Attempt) -> Record:
         stages=attempt.stages,
         data=attempt.data,
         seed=attempt.trial.config["seed"],
+        attempts=attempt.lease.number,
+        restored_blocks=restored_blocks,
         warnings=attempt.warnings,
         versions=attempt.environment["versions"],
         git_commit=attempt.environment["git_commit"],

@@ -11,6 +11,8 @@ _HOMES = {
     "quantize": "wush.walk",
     "QuantizationReport": "wush.walk",
     "BlockReport": "wush.walk",
+    "LayerReport": "wush.walk",
+    "SavedBlocks": "wush.walk",
     "evaluate": "wush.evaluation",
     "original_states": "wush.evaluation",
     "Evaluation": "wush.evaluation",

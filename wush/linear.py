@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wush.algorithms import QuantizedWeight
-from wush.formats import Format
+from wush.formats import Format, Quantized
 from wush.transforms import apply_blocks
 
 
@@ -32,9 +32,16 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weight.quantized.codes.shape
         self.register_buffer("packed_weight", fmt.pack(weight.quantized.codes))
         self.register_buffer("scales", weight.quantized.scales)
-        self.register_buffer("transform", weight.transform)
+        # Contiguous as when read back from a file: strides choose a product's kernel, and so its last bits.
+        self.register_buffer("transform", None if weight.transform is None else weight.transform.contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("byte_values", fmt.byte_values.to(self.packed_weight.device), persistent=False)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], fmt: Format, name: str = "") -> "QuantLinear":
+        """The layer whose `state_dict` this is, on the device of its tensors."""
+        quantized = Quantized(fmt.unpack(state["packed_weight"]), state["scales"], state["_extra_state"].item())
+        return cls(QuantizedWeight(quantized, state.get("transform")), fmt, state.get("bias"), name)
 
     def weight(self) -> Tensor:
         """The dequantized weight `(O, I)` float32, in transformed coordinates."""

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +58,37 @@ class QuantizationReport:
         return sum(layer.bits_per_weight * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
 
 
+class SavedBlocks(Protocol):
+    """Keeps quantized decoder blocks, so that an interrupted walk goes on where it was.
+
+    A block's tensors are the state dicts of its `QuantLinear`s, under their names within the block.
+    """
+
+    def load(self, index: int) -> tuple[BlockReport, dict[str, Tensor]] | None:
+        """A block as it was saved, tensors on the CPU; None when it was not."""
+
+    def save(self, report: BlockReport, tensors: dict[str, Tensor]) -> None:
+        """Keep a block that is done."""
+
+
 @dataclass
 class _Group:
     """Linears of a block that are fed by one tensor, and that tensor's second moment."""
 
     names: list[str]
     moment: SecondMoment
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every block of a walk is quantized with; `calls` hold the hidden states that the next block is fed."""
+
+    format: Format
+    transform: Transform
+    algorithm: Algorithm
+    calls: list[BlockCalls]
+    saved: SavedBlocks | None
+    progress: Progress
 
 
 @torch.no_grad()
@@ -77,13 +103,15 @@ def quantize(
     report: QuantizationReport | None = None,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
+    saved: SavedBlocks | None = None,
 ) -> nn.Module:
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `report` is filled in with each block as it is done, and `on_block` called. Raises
-    `ValueError` for a layer that does not fit the format or a pattern that excludes nothing, before any work;
-    `UnsupportedModelError`; `NumericError` that names the layer.
+    as `*.down_proj`. `report` is filled in with each block as it is done, and `on_block` called. Blocks that `saved`
+    has are restored, and each new one is given to it: the result is the same, bit for bit. Raises `ValueError` for a
+    layer that does not fit the format or a pattern that excludes nothing, before any work; `UnsupportedModelError`;
+    `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
@@ -94,27 +122,68 @@ def quantize(
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
     _check_layers(blocks_name, blocks, chosen, format)
     calls = _record_batches(model, blocks, batches, progress)
+    work = _Work(format, transform, algorithm, calls, saved, progress)
     for index, block in progress.track(enumerate(blocks), "decoder blocks", len(blocks)):
-        started = time.perf_counter()
-        name, device = f"{blocks_name}.{index}", next(block.parameters()).device
-        moment_size = None if algorithm.needs_whole_moment else format.group_size
-        groups, outputs = _calibrate(name, block, calls, index, chosen[index], moment_size, device, progress)
-        layers = _quantize_layers(name, block, groups, format, transform, algorithm, progress)
-        done_names = {layer.name for layer in layers}
+        name = f"{blocks_name}.{index}"
+        done = _restore(name, block, index, chosen[index], work) or _quantize_block(
+            name, block, index, chosen[index], work
+        )
+        done_names = {layer.name for layer in done.layers}
         for missing in (linear for linear in chosen[index] if linear not in done_names):
             report.skipped[f"{name}.{missing}"] = "the block's forward does not run it"
             log.warning("%s.%s: not quantized, the block's forward does not run it", name, missing)
-        progress.detail(f"{name} output error")
-        mse, relative = _advance(block, calls, index, outputs, device)
-        if not mse < float("inf"):
-            raise NumericError(f"{name}: the quantized block's output is not finite")
-        done = BlockReport(index, name, mse, relative, time.perf_counter() - started, tuple(layers))
         report.blocks.append(done)
         if on_block:
             on_block(done)
     if not any(block.layers for block in report.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
     return model
+
+
+def _quantize_block(name: str, block: nn.Module, index: int, names: list[str], work: _Work) -> BlockReport:
+    """Calibrate and quantize a block, and feed the next one."""
+    started = time.perf_counter()
+    device = next(block.parameters()).device
+    moment_size = None if work.algorithm.needs_whole_moment else work.format.group_size
+    groups, outputs = _calibrate(name, block, work.calls, index, names, moment_size, device, work.progress)
+    layers = _quantize_layers(name, block, groups, work)
+    work.progress.detail(f"{name} output error")
+    mse, relative = _advance(block, work.calls, index, outputs, device)
+    if not mse < float("inf"):
+        raise NumericError(f"{name}: the quantized block's output is not finite")
+    done = BlockReport(index, name, mse, relative, time.perf_counter() - started, tuple(layers))
+    if work.saved:
+        work.saved.save(done, _tensors(block))
+    return done
+
+
+def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _Work) -> BlockReport | None:
+    """Put a saved block's layers in place and feed the next one; None when it was not saved."""
+    found = work.saved.load(index) if work.saved else None
+    if found is None:
+        return None
+    report, tensors = found
+    work.progress.detail(f"{name} restored")
+    device = next(block.parameters()).device
+    if not {layer.name for layer in report.layers} <= set(names):
+        raise ValueError(f"{name}: the saved block is of another model or other excludes; remove it")
+    for layer in report.layers:
+        own = {key.removeprefix(f"{layer.name}."): t for key, t in tensors.items() if key.startswith(f"{layer.name}.")}
+        state = {key: tensor if key == "_extra_state" else tensor.to(device) for key, tensor in own.items()}
+        block.set_submodule(layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}"))
+    for call in work.calls:
+        call.hidden = run_block(block, call.hidden.to(device), call.arguments[index]).cpu()
+    return report
+
+
+def _tensors(block: nn.Module) -> dict[str, Tensor]:
+    """What `SavedBlocks` keeps of a quantized block."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in block.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, tensor in module.state_dict().items()
+    }
 
 
 def _choose(name: str, block: nn.Module, exclude: Sequence[str], report: QuantizationReport) -> list[str]:
@@ -231,19 +300,16 @@ def _quantize_layers(
     name: str,
     block: nn.Module,
     groups: list[_Group],
-    fmt: Format,
-    transform: Transform,
-    algorithm: Algorithm,
-    progress: Progress,
+    work: _Work,
 ) -> list[LayerReport]:
     layers = []
     for group in groups:
         for linear_name in group.names:
             what = f"{name}.{linear_name}"
-            progress.detail(what)
+            work.progress.detail(what)
             linear = linears(block)[linear_name]
-            weight = algorithm.quantize_weight(linear.weight, group.moment, transform, fmt, what)
-            quantized = QuantLinear(weight, fmt, linear.bias, what)
+            weight = work.algorithm.quantize_weight(linear.weight, group.moment, work.transform, work.format, what)
+            quantized = QuantLinear(weight, work.format, linear.bias, what)
             block.set_submodule(linear_name, quantized)
             size = linear.weight.numel()
             layers.append(LayerReport(linear_name, tuple(group.names), quantized.storage_bits() / size, size))

@@ -1,56 +1,86 @@
-"""Running a sweep from this process: the trials not done yet, one after the other, and what came out."""
+"""Running a sweep: what is not done yet is handed to a launch, and what came out is shown and written."""
 
 import logging
-import shlex
-import sys
+import time
 from collections.abc import Sequence
+from typing import Any, Protocol
 
+from experiments import plans
 from experiments.identity import hash_of
-from experiments.records import Failure, Outcome, Record
-from experiments.store import to_json, write_atomically
+from experiments.records import Outcome
+from experiments.standing import Standing
 from experiments.sweep import Sweep
-from experiments.trial import Trial, TrialRunner
-from experiments.views.display import showing
+from experiments.trial import Trial
 from experiments.views.summary import summarize, write
 
 log = logging.getLogger(__name__)
+
+# The table and the report are written so seldom that they cost a twentieth of the time.
+REFRESH_SHARE = 0.05
 
 
 class SweepFailed(Exception):
     """Some trials failed; the summary has been shown."""
 
 
-def run(sweep: Sweep) -> list[Outcome]:
+class Board:
+    """A sweep's standing, with its table and report kept up to date while trials finish."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self._standing = Standing(sweep, mend=True)
+        self._next = 0.0
+
+    def look(self) -> list[Outcome]:
+        """Every trial as it stands now."""
+        return self._standing.look()
+
+    def refresh(self) -> None:
+        """Write the table and the report, unless that was done a moment ago."""
+        started = time.monotonic()
+        if started < self._next:
+            return
+        write(self.sweep.name, self.look(), self.sweep.store)
+        self._next = time.monotonic() + (time.monotonic() - started) / REFRESH_SHARE
+
+
+class Launch(Protocol):
+    """A way to run trials; `settings` is the launcher's config node, kept in the plan."""
+
+    settings: dict[str, Any]
+
+    def check(self, sweep: Sweep) -> None:
+        """Raise `ConfigError` when trials cannot be launched in this way here."""
+
+    def __call__(self, pending: Sequence[Trial], board: Board) -> None:
+        """Run the trials, or see to it that they are run; the board is refreshed as they finish."""
+
+
+def run(sweep: Sweep, launch: Launch) -> list[Outcome]:
     """Run the trials that are not done, then show and write the summary; raises `SweepFailed` if any failed.
 
-    The table and the report are written after every trial, so that an interrupt leaves those of what is finished.
+    The table and the report are written as trials finish, so that an interrupt leaves those of what is finished.
     """
-    from hydra.utils import instantiate
-
     sweep.store.check_writable()
-    outcomes = {trial.trial_id: _outcome(trial, sweep.store.finished(trial.trial_id), True) for trial in sweep.trials}
-    pending = _by_original([trial for trial in sweep.trials if outcomes[trial.trial_id].record is None])
+    board = Board(sweep)
+    outcomes = board.look()
+    done = {outcome.trial_id for outcome in outcomes if outcome.result}
+    pending = by_original([trial for trial in sweep.trials if trial.trial_id not in done])
     if pending:
-        _check_device(pending[0].config["device"])
-    _write_plan(sweep)
-    tracking = instantiate(sweep.trials[0].config["tracking"])
-    for outcome in outcomes.values():
-        if outcome.record:
-            tracking.skip(outcome.trial_id)
-    log.info("%d of %d trials already done", len(sweep.trials) - len(pending), len(sweep.trials))
+        launch.check(sweep)
+    plans.save(sweep, launch.settings)
+    (sweep.store.sweep(sweep.name) / "cancelled").unlink(missing_ok=True)
+    log.info("%d of %d trials already done", len(done), len(sweep.trials))
     if pending:
-        with showing(sweep.progress) as progress:
-            runner = TrialRunner(sweep.store, sweep.name, tracking, progress)
-            for trial in progress.track(pending, "trials", len(pending)):
-                outcomes[trial.trial_id] = _outcome(trial, _run_unless_done(trial, runner), False)
-                write(sweep.name, list(outcomes.values()), sweep.store)
-    summarize(sweep.name, list(outcomes.values()), sweep.store)
-    if any(outcome.failure for outcome in outcomes.values()):
+        launch(pending, board)
+        outcomes = board.look()
+    summarize(sweep.name, outcomes, sweep.store)
+    if any(outcome.state == "failed" for outcome in outcomes):
         raise SweepFailed
-    return list(outcomes.values())
+    return outcomes
 
 
-def _by_original(trials: Sequence[Trial]) -> list[Trial]:
+def by_original(trials: Sequence[Trial]) -> list[Trial]:
     """The trials of one original model and evaluation after one another, otherwise in the order given."""
     seen: dict[str, int] = {}
 
@@ -58,49 +88,3 @@ def _by_original(trials: Sequence[Trial]) -> list[Trial]:
         return [seen.setdefault(hash_of(trial.identity[part]), len(seen)) for part in ("model", "evaluation")]
 
     return sorted(trials, key=order)
-
-
-def _check_device(device: str) -> None:
-    """Raise `ConfigError` for a GPU that is not there; torch is imported only to look for one."""
-    if device.startswith("cuda"):
-        from experiments.environment import resolve_device
-
-        resolve_device(device)
-
-
-def _run_unless_done(trial: Trial, runner: TrialRunner) -> Record | Failure:
-    """The trial's result; that of another process, if one has finished the trial since the sweep began."""
-    record = runner.store.finished(trial.trial_id)
-    if record is not None:
-        log.info("trial %s: another process has finished it meanwhile", trial.trial_id)
-        runner.tracking.skip(trial.trial_id)
-        return record
-    log.info("trial %s: %s", trial.trial_id, trial.name)
-    result = runner.run(trial)
-    if isinstance(result, Record):
-        log.info("trial %s: perplexity %.3f, KL %.4f", trial.trial_id, result.metrics.perplexity, result.metrics.kl)
-    return result
-
-
-def _outcome(trial: Trial, found: Record | Failure | None, earlier: bool) -> Outcome:
-    return Outcome(
-        trial_id=trial.trial_id,
-        name=trial.name,
-        labels=trial.labels,
-        record=found if isinstance(found, Record) else None,
-        failure=found if isinstance(found, Failure) else None,
-        earlier=earlier and found is not None,
-        config=trial.config,
-        environment=found.environment if found else {},
-    )
-
-
-def _write_plan(sweep: Sweep) -> None:
-    folder = sweep.store.sweep(sweep.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    trials = [
-        {"trial_id": trial.trial_id, "name": trial.name, "labels": trial.labels, "config": trial.config}
-        for trial in sweep.trials
-    ]
-    command = shlex.join(["python", *sys.argv])
-    write_atomically(folder / "plan.json", to_json({"sweep": sweep.name, "command": command, "trials": trials}))

@@ -1,11 +1,11 @@
-"""The report of a sweep: one HTML file with its comparison table, plots and every trial's details.
+"""The report of a sweep: one HTML file with its comparison table, plots and the details of trials.
 
-The file needs nothing beside itself, and the same outcomes give the same bytes. It shows records and computes
-no metric of its own.
+The file needs nothing beside itself, and the same outcomes give the same bytes. It shows results and computes
+no metric of its own. Of a big sweep it has every row of the table, but only some of the marks and details.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,43 +14,30 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.records import Outcome, Record
-from experiments.views.display import duration
+from experiments.schema import ConfigError
+from experiments.store import DamagedRecord
 from experiments.views.report_plots import SHAPES, Panel, Trial, panel
+from experiments.views.report_table import COLUMNS, DASH, seconds, status, table_rows
+from experiments.views.selection import TELLING, best_trial, comparable, telling, variant
 
-DASH = "–"
+MAX_DETAILS = 100
+MAX_PANELS = 8
 
-
-@dataclass(frozen=True)
-class Column:
-    """A number of a done trial; `better` picks the best of several, None where there is no better."""
-
-    title: str
-    value: Callable[[Record], float]
-    show: Callable[[float], str]
-    better: Callable[[Iterable[float]], float] | None
+Read = Callable[[str], Record | None]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What a table cell shows, and the value it sorts by (empty: last)."""
-
-    text: str
-    value: str
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """A trial in the comparison table; `numbers` is None unless it is done."""
+class Detail:
+    """A trial whose details are shown; `record` when it is done and can be read, else `problem` says why not."""
 
     outcome: Outcome
-    labels: list[Cell]
-    numbers: list[Cell] | None
     status: str
+    record: Record | None
+    problem: str
 
 
-def render_report(title: str, outcomes: Sequence[Outcome]) -> str:
-    """The report as one HTML document, the trials in the order given."""
+def render_report(title: str, outcomes: Sequence[Outcome], read: Read) -> str:
+    """The report as one HTML document, the trials in the order given; `read` gives the whole record of a done one."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -60,128 +47,77 @@ def render_report(title: str, outcomes: Sequence[Outcome]) -> str:
     )
     environment.filters.update(seconds=seconds, size=size, utc=utc, config=config_text, reasons=by_reason)
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.labels))
+    shown = telling(outcomes, MAX_DETAILS)
+    linked = {outcome.trial_id for outcome in shown}
+    drawn, total = panels(outcomes, linked)
     return environment.get_template("report.html.j2").render(
         title=title,
         counts=counts(outcomes),
         best=best_trial(outcomes),
+        linked=linked,
         keys=keys,
         columns=COLUMNS,
-        rows=table_rows(outcomes, keys),
-        panels=panels(outcomes),
+        rows=table_rows(outcomes, keys, linked),
+        reused=any(outcome.earlier for outcome in outcomes),
+        panels=drawn,
+        panels_left_out=total - len(drawn),
+        details=[detail(outcome, read) for outcome in shown],
+        details_of=len(outcomes),
+        telling=TELLING,
         shapes=SHAPES,
         dash=DASH,
     )
 
 
-# --- the table
-
-
-def table_rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[Row]:
-    """The comparison table; the best of comparable quantized trials is marked in each column."""
-    best = _best_cells(outcomes)
-    rows = []
-    for outcome in outcomes:
-        labels = [Cell(outcome.labels.get(key, DASH), outcome.labels.get(key, "")) for key in keys]
-        numbers = _numbers(outcome.record, best.get(outcome.trial_id, set())) if outcome.record else None
-        rows.append(Row(outcome, labels, numbers, status(outcome)))
-    return rows
-
-
-def _numbers(record: Record, best: set[str]) -> list[Cell]:
-    values = [(column, column.value(record)) for column in COLUMNS]
-    return [Cell(column.show(value), repr(value), column.title in best) for column, value in values]
-
-
-def _best_cells(outcomes: Sequence[Outcome]) -> dict[str, set[str]]:
-    """Titles of the columns in which a trial is best; none is where all show the same."""
-    best: dict[str, set[str]] = {}
-    for members in comparable(outcomes).values():
-        for column in COLUMNS:
-            values = {o.trial_id: column.value(o.record) for o in members if o.record}
-            finite = {trial_id: value for trial_id, value in values.items() if math.isfinite(value)}
-            if column.better is None or len({column.show(value) for value in finite.values()}) < 2:
-                continue
-            shown = column.show(column.better(finite.values()))
-            for trial_id in (trial_id for trial_id, value in finite.items() if column.show(value) == shown):
-                best.setdefault(trial_id, set()).add(column.title)
-    return best
-
-
-def status(outcome: Outcome) -> str:
-    """How a trial stands; `reused` when it was done before the sweep began."""
-    if outcome.record:
-        return "reused" if outcome.earlier else "done"
-    return "failed" if outcome.failure else "not run"
-
-
 def counts(outcomes: Sequence[Outcome]) -> str:
-    """`6 trials: 5 done, 1 failed`; those not run are counted when there are any."""
-    done = sum(outcome.record is not None for outcome in outcomes)
-    failed = sum(status(outcome) == "failed" for outcome in outcomes)
-    waiting = len(outcomes) - done - failed
-    parts = [f"{done} done", f"{failed} failed"] + ([f"{waiting} not run"] if waiting else [])
-    return f"{len(outcomes)} trial{'' if len(outcomes) == 1 else 's'}: {', '.join(parts)}"
+    """`6 trials: 5 done, 1 failed`; those running and queued are counted when there are any."""
+    states = Counter(outcome.state for outcome in outcomes)
+    parts = [f"{states['done']:,} done", f"{states['failed']:,} failed"]
+    parts += [f"{states[state]:,} {state}" for state in ("running", "queued") if states[state]]
+    return f"{len(outcomes):,} trial{'' if len(outcomes) == 1 else 's'}: {', '.join(parts)}"
 
 
-def best_trial(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The quantized trial of the lowest perplexity, the first of equals; None when none has a finite one."""
-    found = [(o.record.metrics.perplexity, o) for o in outcomes if o.record and o.record.blocks]
-    finite = [(perplexity, outcome) for perplexity, outcome in found if math.isfinite(perplexity)]
-    return min(finite, key=lambda pair: pair[0])[1] if finite else None
+def detail(outcome: Outcome, read: Read) -> Detail:
+    """What is known of a trial; a done one's record is read now."""
+    record, problem = None, ""
+    if outcome.result:
+        try:
+            record = read(outcome.trial_id)
+        except (DamagedRecord, ConfigError) as error:
+            problem = str(error)
+        if record is None:
+            problem = problem or "Its record is no longer there."
+    return Detail(outcome, status(outcome), record, problem)
 
 
 # --- the plots
 
 
-def comparable(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
-    """Quantized trials by model and evaluated text: across these, neither perplexity nor KL can be compared."""
-    found: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.record and outcome.record.blocks:
-            text = outcome.record.data.get("evaluation")
-            found.setdefault((_variant(outcome, "model"), text.ids_sha256 if text else ""), []).append(outcome)
-    return found
-
-
-def panels(outcomes: Sequence[Outcome]) -> list[Panel]:
-    """Plots for each model, and for each text it was evaluated on where there are several."""
+def panels(outcomes: Sequence[Outcome], linked: set[str]) -> tuple[list[Panel], int]:
+    """Plots for each model, and for each text it was evaluated on where there are several; and how many there were."""
     found = comparable(outcomes)
-    models = [model for model, _ in found]
+    models = Counter(model for model, _ in found)
     drawn = []
-    for (model, ids), members in found.items():
-        text = f", evaluated on {_variant(members[0], 'evaluation')} ({ids[:8]})" if models.count(model) > 1 else ""
-        drawn.append(panel(model + text, _trials(members)))
-    return drawn
+    for (model, ids), members in list(found.items())[:MAX_PANELS]:
+        text = f", evaluated on {variant(members[0], 'evaluation')} ({ids[:8]})" if models[model] > 1 else ""
+        drawn.append(panel(model + text, _trials(members, linked)))
+    return drawn, len(found)
 
 
-def _trials(members: Sequence[Outcome]) -> list[Trial]:
-    several = len({_variant(outcome, "algorithm") for outcome in members}) > 1
+def _trials(members: Sequence[Outcome], linked: set[str]) -> list[Trial]:
+    several = len({variant(outcome, "algorithm") for outcome in members}) > 1
+    groups = ("format", "algorithm") if several else ("format",)
     trials = []
     for outcome in members:
-        assert outcome.record is not None
-        groups = ("format", "algorithm") if several else ("format",)
-        setting = " · ".join(_variant(outcome, group) for group in groups)
-        trials.append(Trial(outcome.trial_id, outcome.name, setting, _variant(outcome, "transform"), outcome.record))
+        assert outcome.result is not None
+        setting = " · ".join([variant(outcome, group) for group in groups])
+        transform = variant(outcome, "transform")
+        is_linked = outcome.trial_id in linked
+        trials.append(Trial(outcome.trial_id, outcome.name, setting, transform, outcome.result, is_linked))
     return trials
 
 
-def _variant(outcome: Outcome, group: str) -> str:
-    """A group's option with the keys of it that differ within the sweep: `mxfp4 scale_rule=ocp`.
-
-    A seed makes no variant: trials that differ by it share a colour and a lane.
-    """
-    assert outcome.record is not None
-    option = outcome.record.choices.get(group, DASH)
-    inner = {key.removeprefix(f"{group}."): v for key, v in outcome.labels.items() if key.startswith(f"{group}.")}
-    return " ".join([option, *(f"{key}={value}" for key, value in inner.items() if key != "seed")])
-
-
 # --- how values are written
-
-
-def seconds(value: float) -> str:
-    """`3.2 s` below ten seconds, longer times as progress shows them."""
-    return f"{value:.1f} s" if value < 10 else duration(value)
 
 
 def size(value: int | None) -> str:
@@ -212,26 +148,3 @@ def by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
     for layer, reason in skipped.items():
         reasons.setdefault(reason, []).append(layer)
     return reasons
-
-
-def _decimals(digits: int, sign: str = "") -> Callable[[float], str]:
-    """Writes numbers with fixed decimals, those from a million on in powers of ten."""
-
-    def show(value: float) -> str:
-        if math.isfinite(value) and abs(value) >= 1e6:
-            return f"{value:{sign}.2e}"
-        return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
-
-    return show
-
-
-COLUMNS = (
-    Column("Perplexity", lambda record: record.metrics.perplexity, _decimals(2), min),
-    Column(
-        "Gap", lambda record: record.metrics.perplexity - record.metrics.perplexity_original, _decimals(2, "+"), min
-    ),
-    Column("KL (nats)", lambda record: record.metrics.kl, _decimals(4), min),
-    Column("Top-1 (%)", lambda record: 100 * record.metrics.top1, _decimals(1), max),
-    Column("Bits/weight", lambda record: record.metrics.bits_per_weight, _decimals(2), min),
-    Column("Time", lambda record: sum(stage.seconds for stage in record.stages.values()), seconds, None),
-)

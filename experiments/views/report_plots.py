@@ -1,6 +1,6 @@
 """Geometry of the sweep report's plots: scales, round ticks, marks and lines, in SVG units.
 
-It draws nothing: the template turns these records into SVG. It reads records, never files.
+It draws nothing: the template turns these records into SVG. It reads results, never files.
 """
 
 import math
@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from experiments.records import Record
+from experiments.records import Result
+from experiments.views.selection import rank
 
 LOG_FROM_RATIO = 20.0  # largest over smallest value from which a dot plot's axis is logarithmic
-MAX_CURVES = 24
+MAX_CURVES, MAX_MARKS = 24, 500  # in one plot
 DOTS_WIDTH, LANE, GROUP_PADDING, DOTS_TOP, DOTS_BOTTOM = 460.0, 17.0, 6.0, 24.0, 26.0
 CURVES_WIDTH, CURVES_HEIGHT, CURVES_LEFT, CURVES_TOP, CURVES_BOTTOM = 720.0, 380.0, 66.0, 12.0, 56.0
 CHARACTER, MAX_LABEL = 6.8, 22  # width of a label's character; characters before it is cut
@@ -35,13 +36,17 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Trial:
-    """A quantized trial as the plots tell it apart; `setting` is its format, and its algorithm where several are."""
+    """A quantized trial as the plots tell it apart; `setting` is its format, and its algorithm where several are.
+
+    `linked`: its details are on the page.
+    """
 
     id: str
     name: str
     setting: str
     transform: str
-    record: Record
+    result: Result
+    linked: bool
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,10 @@ class Band:
 
 @dataclass(frozen=True)
 class DotPlot:
-    """One metric of a panel's trials. `missing`: trials whose value is not finite, which are not drawn."""
+    """One metric of a panel's trials. `missing`: trials whose value is not finite, which are not drawn.
+
+    `total`: the trials that have a value; of a lane with many, only some are drawn.
+    """
 
     title: str
     log: bool
@@ -122,6 +130,7 @@ class DotPlot:
     marks: list[Mark]
     references: list[Tick]
     missing: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,7 @@ class Curve:
     dash: str
     path: str
     points: str
+    linked: bool
 
 
 @dataclass(frozen=True)
@@ -163,11 +173,11 @@ class Panel:
 def panel(title: str, trials: Sequence[Trial]) -> Panel:
     """The plots of comparable trials, of which there is at least one."""
     styles = styles_of(trial.transform for trial in trials)
-    originals = sorted({round(trial.record.metrics.perplexity_original, 2) for trial in trials})
+    originals = sorted({round(trial.result.metrics.perplexity_original, 2) for trial in trials})
     references = [value for value in originals if math.isfinite(value)]
     dots = [
-        dot_plot("Perplexity", trials, lambda record: record.metrics.perplexity, "{:.2f}", styles, references),
-        dot_plot("KL (nats)", trials, lambda record: record.metrics.kl, "{:.4f}", styles),
+        dot_plot("Perplexity", trials, lambda result: result.metrics.perplexity, "{:.2f}", styles, references),
+        dot_plot("KL (nats)", trials, lambda result: result.metrics.kl, "{:.4f}", styles),
     ]
     return Panel(title, list(styles.values()), [plot for plot in dots if plot.marks], curve_plot(trials, styles))
 
@@ -189,17 +199,21 @@ def styles_of(transforms: Iterable[str]) -> dict[str, Style]:
 def dot_plot(
     title: str,
     trials: Sequence[Trial],
-    value: Callable[[Record], float],
+    value: Callable[[Result], float],
     shown: str,
     styles: dict[str, Style],
     references: Sequence[float] = (),
 ) -> DotPlot:
-    """Trials as dots: a band for each setting, in it a lane for each transform, values along the x axis."""
-    drawn = [trial for trial in trials if math.isfinite(value(trial.record))]
+    """Trials as dots: a band for each setting, in it a lane for each transform, values along the x axis.
+
+    Of more than `MAX_MARKS` each lane has its least and greatest value and some of even rank between them.
+    """
+    drawn = [trial for trial in trials if math.isfinite(value(trial.result))]
     lanes, bands = _lay_out(drawn, styles)
     left = 24 + CHARACTER * max((len(band.label) for band in bands), default=0)
-    values = [value(trial.record) for trial in drawn]
+    values = [value(trial.result) for trial in drawn]
     scale = metric_scale([*values, *references], round(left, 1), DOTS_WIDTH - 16)
+    most = MAX_MARKS // len(lanes) if len(drawn) > MAX_MARKS else len(drawn)
     return DotPlot(
         title=title,
         log=scale.log,
@@ -209,13 +223,23 @@ def dot_plot(
         ticks=scale.labelled(),
         bands=bands,
         marks=[
-            _mark(trial, scale.at(value(trial.record)), y, shown.format(value(trial.record)), styles, len(members) == 1)
+            _mark(trial, scale.at(value(trial.result)), y, shown.format(value(trial.result)), styles, len(members) == 1)
             for y, members in lanes.values()
-            for trial in members
+            for trial in _of_even_rank(members, value, most)
         ],
         references=[Tick(scale.at(x), shown.format(x)) for x in references],
         missing=len(trials) - len(drawn),
+        total=len(drawn),
     )
+
+
+def _of_even_rank(trials: Sequence[Trial], value: Callable[[Result], float], most: int) -> Sequence[Trial]:
+    """At most so many of a lane's trials (but two), the extreme ones among them; all in their order if they fit."""
+    if len(trials) <= max(most, 2):
+        return trials
+    ranked = sorted(trials, key=lambda trial: value(trial.result))
+    last = max(most, 2) - 1
+    return [ranked[k * (len(ranked) - 1) // last] for k in range(last + 1)]
 
 
 def _mark(trial: Trial, x: float, y: float, text: str, styles: dict[str, Style], alone: bool) -> Mark:
@@ -253,8 +277,8 @@ def _shortened(label: str) -> str:
 def curve_plot(trials: Sequence[Trial], styles: dict[str, Style]) -> CurvePlot | None:
     """Relative error over decoder blocks of the trials lowest in perplexity; None when no error is positive."""
     settings = list(dict.fromkeys(trial.setting for trial in trials))
-    best = sorted(trials, key=lambda trial: rank(trial.record.metrics.perplexity))[:MAX_CURVES]
-    points = {trial.id: _drawable(trial.record) for trial in best}
+    best = sorted(trials, key=lambda trial: rank(trial.result.metrics.perplexity))[:MAX_CURVES]
+    points = {trial.id: _drawable(trial.result) for trial in best}
     blocks = [block for trial in points.values() for block, _ in trial]
     if not blocks:
         return None
@@ -270,10 +294,9 @@ def curve_plot(trials: Sequence[Trial], styles: dict[str, Style]) -> CurvePlot |
     return CurvePlot(CURVES_WIDTH, CURVES_HEIGHT, CURVES_LEFT, bottom, x.labelled(), y.labelled(), curves, len(trials))
 
 
-def _drawable(record: Record) -> list[tuple[int, float]]:
+def _drawable(result: Result) -> list[tuple[int, float]]:
     """Block index and relative error, of the blocks whose error a log axis can show."""
-    points = [(block.index, block.relative_mse) for block in record.blocks]
-    return sorted((index, error) for index, error in points if math.isfinite(error) and error > 0)
+    return sorted((index, error) for index, error in result.errors.items() if math.isfinite(error) and error > 0)
 
 
 def _curve(
@@ -283,7 +306,7 @@ def _curve(
     # A segment from the first point to itself shows a lone point as a dot.
     path = f"M{places[0][0]} {places[0][1]}" + "".join(f"L{a} {b}" for a, b in places[1:] or places)
     listed = [f"{a} {b} {index} {number(error)}" for (a, b), (index, error) in zip(places, points, strict=True)]
-    return Curve(trial.id, trial.name, styles[trial.transform], dash, path, ";".join(listed))
+    return Curve(trial.id, trial.name, styles[trial.transform], dash, path, ";".join(listed), trial.linked)
 
 
 # --- scales
@@ -327,11 +350,6 @@ def _round_step(rough: float) -> float:
     exponent = math.floor(math.log10(rough))
     steps = (float(f"{mantissa}e{exponent}") for mantissa in (1, 2, 5, 10))
     return next((step for step in steps if step >= rough), float(f"1e{exponent + 1}"))
-
-
-def rank(value: float) -> float:
-    """A sort key that puts what is not a number last."""
-    return math.inf if math.isnan(value) else value
 
 
 def number(value: float) -> str:

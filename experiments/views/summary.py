@@ -1,10 +1,10 @@
 """The summary of a sweep: one table for the terminal and for Markdown, the HTML report, and where they are."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,9 +14,11 @@ from rich.table import Table
 from experiments.records import Outcome
 from experiments.store import ResultStore, write_atomically
 from experiments.views.display import duration
+from experiments.views.selection import TELLING, standing, telling
 
 METRIC_COLUMNS = ("perplexity", "vs original", "KL", "top-1", "bits", "time")
 WIDTH_OF_A_FILE = 160
+ROWS_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,21 @@ class Summary:
 def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
     """Show the table of a sweep on standard output, write it and the report, and show where these are.
 
-    Raises `OSError` that names the file when one cannot be written; the table has been shown by then.
+    A table of many trials is shown in part. Raises `OSError` that names the file when one cannot be written; the
+    table has been shown by then.
     """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_FILE)
-    console.print(to_terminal(name, tabulate(outcomes, store)))
+    most = telling(outcomes, ROWS_SHOWN)
+    console.print(to_terminal(name, tabulate(outcomes, most)))
+    folder = store.sweep(name)
+    if len(most) < len(outcomes):
+        where = shown(folder / "table.md")
+        console.print(f"{len(most)} of {len(outcomes):,} trials: {TELLING}; all are in {where}", highlight=False)
     console.print(_counts(outcomes))
     write(name, outcomes, store)
-    folder = store.sweep(name)
-    example = next((outcome for outcome in outcomes if outcome.failure), outcomes[0])
+    example = next((outcome for outcome in outcomes if outcome.state == "failed"), outcomes[0])
     for what, where in (
         ("table", shown(folder / "table.md")),
         ("report", shown(folder / "report.html")),
@@ -54,22 +61,21 @@ def write(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
     from experiments.views.report import render_report
 
     folder = store.sweep(name)
-    write_atomically(folder / "table.md", to_markdown(name, tabulate(outcomes, store)))
-    write_atomically(folder / "report.html", render_report(name, outcomes))
+    write_atomically(folder / "table.md", to_markdown(name, tabulate(outcomes)))
+    write_atomically(folder / "report.html", render_report(name, outcomes, store.record))
 
 
-def tabulate(outcomes: Sequence[Outcome], store: ResultStore) -> Summary:
-    """The outcomes as text, in order; numbers come from the store's records."""
+def tabulate(outcomes: Sequence[Outcome], shown: Sequence[Outcome] | None = None) -> Summary:
+    """The outcomes as text, in order; rows of those to be shown only, where these are given."""
     labels = dict.fromkeys(key for outcome in outcomes for key in outcome.labels)
-    values = {key: [outcome.labels.get(key, "-") for outcome in outcomes] for key in labels}
-    common = {key: own[0] for key, own in values.items() if len(set(own)) == 1}
-    found = {row["trial_id"]: row for row in store.table(outcome.trial_id for outcome in outcomes)}
-    telling = [key for key in labels if key not in common]
+    values = {key: {outcome.labels.get(key, "-") for outcome in outcomes} for key in labels}
+    common = {key: next(iter(own)) for key, own in values.items() if len(own) == 1}
+    varying = [key for key in labels if key not in common]
     rows = [
-        [values[key][i] for key in telling] + _cells(outcome, found.get(outcome.trial_id))
-        for i, outcome in enumerate(outcomes)
+        [outcome.labels.get(key, "-") for key in varying] + _cells(outcome)
+        for outcome in (outcomes if shown is None else shown)
     ]
-    return Summary(common, [*telling, *METRIC_COLUMNS, "trial"], rows)
+    return Summary(common, [*varying, *METRIC_COLUMNS, "trial"], rows)
 
 
 def to_markdown(title: str, summary: Summary) -> str:
@@ -99,27 +105,27 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _cells(outcome: Outcome, row: dict[str, Any] | None) -> list[str]:
-    if row is None:
-        state = f"failed: {outcome.failure.reason}" if outcome.failure else "not run yet"
-        return ["-"] * len(METRIC_COLUMNS) + [f"{outcome.trial_id} {state}"]
+def _cells(outcome: Outcome) -> list[str]:
+    if outcome.result is None:
+        return ["-"] * len(METRIC_COLUMNS) + [f"{outcome.trial_id} {standing(outcome)}"]
+    metrics = outcome.result.metrics
     return [
-        f"{row['metrics.perplexity']:.3f}",
-        f"{row['metrics.perplexity'] - row['metrics.perplexity_original']:+.3f}",
-        f"{row['metrics.kl']:.4f}",
-        f"{100 * row['metrics.top1']:.1f}%",
-        f"{row['metrics.bits_per_weight']:.2f}",
-        duration(row["seconds"]),
+        f"{metrics.perplexity:.3f}",
+        f"{metrics.perplexity - metrics.perplexity_original:+.3f}",
+        f"{metrics.kl:.4f}",
+        f"{100 * metrics.top1:.1f}%",
+        f"{metrics.bits_per_weight:.2f}",
+        duration(outcome.result.seconds),
         outcome.trial_id,
     ]
 
 
 def _counts(outcomes: Sequence[Outcome]) -> str:
-    done = sum(outcome.record is not None for outcome in outcomes)
+    states = Counter(outcome.state for outcome in outcomes)
     earlier = sum(outcome.earlier for outcome in outcomes)
-    failed = sum(outcome.failure is not None for outcome in outcomes)
-    text = f"{done} of {len(outcomes)} trials done" + (f", {earlier} of them earlier" if earlier else "")
-    return text + (f", [bold red]{failed} failed[/]" if failed else "")
+    text = f"{states['done']} of {len(outcomes)} trials done" + (f", {earlier} of them earlier" if earlier else "")
+    text += f", [bold red]{states['failed']} failed[/]" if states["failed"] else ""
+    return text + "".join(f", {states[state]} {state}" for state in ("running", "queued") if states[state])
 
 
 def _results_option(store: ResultStore) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Stage
+from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
 from experiments.views.report import render_report
 from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
 
 BLOCKS = 30
 START = datetime(2025, 11, 22, 15, 0, tzinfo=UTC)
+CONFIG: dict[str, Any] = {"model": {"_target_": "wush.models.load_packaged_gguf", "dtype": "float32"}, "seed": 0}
 REASON = "ValueError: <script>document.title = 'changed'</script> & more"
 
 
@@ -40,7 +41,7 @@ def record(trial_id: str, choices: dict[str, str], metrics: Metrics, level: floa
     return Record(
         trial_id=trial_id,
         choices=choices,
-        config={"model": {"_target_": "wush.models.load_packaged_gguf", "dtype": "float32"}, "seed": 0},
+        config=CONFIG,
         metrics=metrics,
         blocks=[] if level is None else blocks(level),
         skipped={"model.layers.0.self_attn.q_proj": "excluded by '*.q_proj'"},
@@ -77,8 +78,7 @@ def quantized(fmt: str, transform: str, perplexity: float, kl: float, level: flo
     name = " ".join([fmt, transform, *more.values()])
     trial_id = f"{sum(ord(c) * 257**i for i, c in enumerate(name)) % 16**16:016x}"
     labels = {**choices, **more}
-    done = record(trial_id, choices, metrics, level)
-    return Outcome(trial_id, name, labels, done, config=done.config, environment=done.environment)
+    return Outcome(trial_id, name, labels, Result.of(record(trial_id, choices, metrics, level)), config=CONFIG)
 
 
 def failed() -> Outcome:
@@ -88,14 +88,14 @@ def failed() -> Outcome:
         trial_id="f" * 16, reason=REASON, kind="ValueError", host="node-8", environment=environment, failed_at=START
     )
     config = {"format": {"_target_": "wush.Int4", "scale_rule": "absmax"}}
-    return Outcome("f" * 16, "int4 wush", labels, failure=failure, config=config, environment=environment)
+    return Outcome("f" * 16, "int4 wush", labels, failure=failure, config=config)
 
 
 def baseline() -> Outcome:
     choices = {"model": "smollm2_135m", "format": "bf16"}
     metrics = measured(14.05, 0.0, 1.0, 16.0)
-    done = record("0" * 16, choices, metrics, None)
-    return Outcome("0" * 16, "bf16", choices, done, earlier=True, config=done.config, environment=done.environment)
+    result = Result.of(record("0" * 16, choices, metrics, None))
+    return Outcome("0" * 16, "bf16", choices, result, earlier=True, config=CONFIG)
 
 
 def sweep() -> list[Outcome]:
@@ -111,9 +111,19 @@ def sweep() -> list[Outcome]:
 
 
 def at_perplexity(outcome: Outcome, perplexity: float) -> Outcome:
-    assert outcome.record is not None
-    metrics = outcome.record.metrics.model_copy(update={"perplexity": perplexity})
-    return replace(outcome, record=outcome.record.model_copy(update={"metrics": metrics}))
+    assert outcome.result is not None
+    metrics = outcome.result.metrics.model_copy(update={"perplexity": perplexity})
+    return replace(outcome, result=replace(outcome.result, metrics=metrics))
+
+
+def render(title: str, outcomes: list[Outcome]) -> str:
+    """The report, with records made of the outcomes' results."""
+    results = {outcome.trial_id: outcome.result for outcome in outcomes if outcome.result}
+
+    def read(trial_id: str) -> Record:
+        return record(trial_id, results[trial_id].choices, results[trial_id].metrics, None)
+
+    return render_report(title, outcomes, read)
 
 
 def rows(html: str) -> list[str]:
@@ -128,53 +138,53 @@ def cells(row: str) -> list[str]:
 
 
 def test_the_same_outcomes_give_the_same_bytes() -> None:
-    assert render_report("grid", sweep()) == render_report("grid", sweep())
+    assert render("grid", sweep()) == render("grid", sweep())
 
 
 def test_the_page_names_no_other_place() -> None:
-    html = render_report("grid", sweep())
+    html = render("grid", sweep())
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<(link|script|img)[^>]+(src|href)=\"(?!data:)", html)
 
 
 def test_a_reason_cannot_become_markup() -> None:
-    html = render_report("<b>grid</b>", sweep())
+    html = render("<b>grid</b>", sweep())
     assert html.count("<script>") == 1
     assert "&lt;script&gt;document.title" in html
     assert "<title>&lt;b&gt;grid&lt;/b&gt;</title>" in html
 
 
 def test_the_summary_counts_trials_and_names_the_best() -> None:
-    html = re.sub(r"<a [^>]+>|</a>", "", render_report("grid", sweep()))
+    html = re.sub(r"<a [^>]+>|</a>", "", render("grid", sweep()))
     assert "6 trials: 5 done, 1 failed; best perplexity 17.50, nvfp4 wush." in html
 
 
 def test_a_failed_trial_shows_its_config_and_where_it_ran() -> None:
-    html = render_report("grid", [failed()])
+    html = render("grid", [failed()])
     assert "scale_rule: absmax" in html
     assert "processor: Failing CPU 9" in html
 
 
 def test_an_unquantized_trial_is_never_the_best() -> None:
-    row = next(row for row in rows(render_report("grid", sweep())) if "bf16" in row)
+    row = next(row for row in rows(render("grid", sweep())) if "bf16" in row)
     assert "<strong>" not in row
     assert cells(row)[4:9] == ["14.05", "+0.00", "0.0000", "100.0", "16.00"]
 
 
 def test_the_best_quantized_value_of_each_column_is_bold() -> None:
-    html = render_report("grid", sweep())
+    html = render("grid", sweep())
     bold = re.findall(r"<strong>(.*?)</strong>", html)
     assert bold == ["4.25", "4.25", "17.50", "+3.45", "0.2200", "79.0"]
 
 
 def test_bold_compares_within_a_model_only() -> None:
     other = [quantized("mxfp4", t, p, 0.1, 0.1, model="qwen3_8b") for t, p in [("h", 9.0), ("wush", 8.0)]]
-    bold = re.findall(r"<strong>(.*?)</strong>", render_report("grid", sweep() + other))
+    bold = re.findall(r"<strong>(.*?)</strong>", render("grid", sweep() + other))
     assert {"17.50", "8.00"} <= set(bold)
     assert "9.00" not in bold
 
 
 def test_a_failed_trial_shows_its_reason_over_the_numbers_and_where_its_log_is() -> None:
-    html = render_report("grid", sweep())
+    html = render("grid", sweep())
     row = next(row for row in rows(html) if 'data-status="failed"' in row)
     assert 'colspan="6"' in row
     assert len(cells(row)) == 4 + 1 + 1
@@ -182,12 +192,12 @@ def test_a_failed_trial_shows_its_reason_over_the_numbers_and_where_its_log_is()
 
 
 def test_a_label_that_a_trial_lacks_is_a_dash() -> None:
-    row = next(row for row in rows(render_report("grid", sweep())) if "bf16" in row)
+    row = next(row for row in rows(render("grid", sweep())) if "bf16" in row)
     assert cells(row)[:4] == ["smollm2_135m", "bf16", "–", "–"]
 
 
 def test_details_hold_what_a_trial_was_made_of() -> None:
-    html = render_report("grid", sweep())
+    html = render("grid", sweep())
     for text in ("b" * 64, "8,192", "1 min 35 s", "3.0 GiB", "torch 2.9.0", "70db0c0d", "node-7", "AMD EPYC 9554"):
         assert text in html, text
     for text in ("2025-11-22 15:01:37 UTC", "load_packaged_gguf", "CUDA kernels are not used", "excluded by"):
@@ -195,15 +205,15 @@ def test_details_hold_what_a_trial_was_made_of() -> None:
 
 
 def test_a_sweep_without_a_quantized_trial_says_so() -> None:
-    html = render_report("grid", [failed(), baseline(), Outcome("e" * 16, "int4 h", {"format": "int4"})])
-    assert "3 trials: 1 done, 1 failed, 1 not run." in html
+    html = render("grid", [failed(), baseline(), Outcome("e" * 16, "int4 h", {"format": "int4"})])
+    assert "3 trials: 1 done, 1 failed, 1 queued." in html
     assert "<svg" not in html
     assert "The plots appear once" in html
-    assert "0 trials: 0 done, 0 failed." in render_report("grid", [])
+    assert "0 trials: 0 done, 0 failed." in render("grid", [])
 
 
 def test_a_perplexity_that_is_not_finite_is_shown_but_not_drawn() -> None:
-    html = render_report("grid", [*sweep()[1:3], at_perplexity(quantized("int4", "h", 1.0, 0.5, 0.1), math.nan)])
+    html = render("grid", [*sweep()[1:3], at_perplexity(quantized("int4", "h", 1.0, 0.5, 0.1), math.nan)])
     assert "nan" in cells(rows(html)[2])
     assert "1 without a finite value not drawn" in html
     assert html.count('class="mark') == 2 + 3
@@ -211,12 +221,12 @@ def test_a_perplexity_that_is_not_finite_is_shown_but_not_drawn() -> None:
 
 
 def test_a_plot_is_drawn_for_each_model() -> None:
-    html = render_report("grid", [*sweep(), quantized("mxfp4", "h", 9.0, 0.1, 0.1, model="qwen3_8b")])
+    html = render("grid", [*sweep(), quantized("mxfp4", "h", 9.0, 0.1, 0.1, model="qwen3_8b")])
     assert re.findall(r"<h3>(.*?)</h3>", html) == ["smollm2_135m", "qwen3_8b"] * 2
 
 
 def test_several_algorithms_are_row_groups_of_their_own() -> None:
-    html = render_report("grid", [*sweep(), quantized("mxfp4", "wush", 16.0, 0.2, 0.1, algorithm="gptq")])
+    html = render("grid", [*sweep(), quantized("mxfp4", "wush", 16.0, 0.2, 0.1, algorithm="gptq")])
     names = re.findall(r'<text class="name".*?>(.*?)<title>', html)
     assert names == ["mxfp4 · rtn", "nvfp4 · rtn", "mxfp4 · gptq"] * 2
 
@@ -227,7 +237,7 @@ def test_keys_that_differ_make_row_groups_and_transforms_but_seeds_do_not() -> N
         quantized("nvfp4", "wush", 17.0, 0.2, 0.1, **{"transform.refit": "false"}),
         quantized("nvfp4", "wush", 17.1, 0.2, 0.1, **{"transform.seed": "3"}),
     ]
-    html = render_report("grid", sweep() + extra)
+    html = render("grid", sweep() + extra)
     assert re.findall(r'<text class="name".*?>(.*?)<title>', html)[:3] == ["mxfp4", "nvfp4", "mxfp4 scale_rule=ocp"]
     legend = re.search(r'<ul class="legend">(.*?)</ul>', html, re.S)
     assert legend
@@ -236,7 +246,7 @@ def test_keys_that_differ_make_row_groups_and_transforms_but_seeds_do_not() -> N
 
 def test_at_most_24_curves_are_drawn_and_the_page_says_so() -> None:
     many = [quantized("mxfp4", "r", 50.0 - i, 0.3, 0.1, seed=str(i)) for i in range(30)]
-    html = render_report("grid", many)
+    html = render("grid", many)
     assert html.count('<path class="curve') == 24
     assert "the 24 trials lowest in perplexity, of 30" in html
     drawn = re.findall(r'<path class="curve.*?data-name="(.*?)"', html)
@@ -316,7 +326,7 @@ def page(tmp_path: Path) -> Iterator[Any]:
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
         file = tmp_path / "report.html"
-        file.write_text(render_report("grid", sweep()), encoding="utf-8")
+        file.write_text(render("grid", sweep()), encoding="utf-8")
         driver.get(file.as_uri())
         yield driver
     finally:

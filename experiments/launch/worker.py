@@ -1,0 +1,75 @@
+"""A worker process: runs the trials that its parent sends, one at a time, until its standard input ends.
+
+In: a line of JSON a trial. Out: a line of JSON when the worker is ready, and one for each trial. What libraries print
+goes to standard error. A parent that dies closes the input, and the worker ends at once: no trial runs unwatched.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, TextIO
+
+from experiments.attempts import Attempt, Cancelled
+from experiments.records import Failure, Record
+from experiments.store import ResultStore
+from experiments.trial import Trial, TrialRunner
+from experiments.views.display import log_to_console, showing
+
+
+def main() -> None:
+    """Serve the parent."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    log_to_console()
+    signal.signal(signal.SIGTERM, _interrupt)
+    requests: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_listen, args=(sys.stdin, requests), daemon=True).start()
+    _answer(answers, {"ready": os.getpid()})
+    runners: dict[str, TrialRunner] = {}
+    while request := requests.get():
+        message = json.loads(request)
+        trial = Trial(**message["trial"])
+        key = json.dumps([message["root"], message["sweep"], trial.config["tracking"]])
+        runner = runners.get(key) or runners.setdefault(key, _runner(message, trial))
+        _answer(answers, _run(runner, trial))
+
+
+def _runner(message: dict[str, Any], trial: Trial) -> TrialRunner:
+    from hydra.utils import instantiate
+
+    with showing("lines") as progress:
+        return TrialRunner(
+            ResultStore(message["root"]), message["sweep"], instantiate(trial.config["tracking"]), progress
+        )
+
+
+def _run(runner: TrialRunner, trial: Trial) -> dict[str, Any]:
+    """How a trial came out, in a line."""
+    try:
+        found = runner.run(trial)
+    except (KeyboardInterrupt, Cancelled) as error:
+        return {"trial_id": trial.trial_id, "state": "cancelled" if isinstance(error, Cancelled) else "interrupted"}
+    state = {Record: "done", Failure: "failed", Attempt: "busy"}[type(found)]
+    return {"trial_id": trial.trial_id, "state": state}
+
+
+def _listen(stdin: TextIO, requests: queue.Queue[str]) -> None:
+    for line in stdin:
+        requests.put(line)
+    os._exit(0)
+
+
+def _answer(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The plan of a sweep on disk, `sweeps/<name>/plan.json`: which trials it has, how it was started, how it is launched."""
+
+import json
+import shlex
+import sys
+from typing import Any
+
+from experiments.records import now
+from experiments.schema import ConfigError
+from experiments.store import ResultStore, write_atomically
+from experiments.sweep import Sweep
+from experiments.trial import Trial
+
+_TRIAL = ("trial_id", "choices", "labels", "config", "identity")
+
+
+def save(sweep: Sweep, launcher: dict[str, Any]) -> None:
+    """Write a sweep's plan, a trial a line; `launcher` is the launcher's config node."""
+    folder = sweep.store.sweep(sweep.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "sweep": sweep.name,
+        "command": shlex.join(["python", *sys.argv]),
+        "planned_at": now().isoformat(),
+        "launcher": launcher,
+        "progress": sweep.progress,
+    }
+    trials = ",\n".join(json.dumps({key: getattr(trial, key) for key in _TRIAL}) for trial in sweep.trials)
+    head = json.dumps(about, indent=2).removesuffix("\n}")
+    write_atomically(folder / "plan.json", f'{head},\n  "trials": [\n{trials}\n]}}\n')
+
+
+def load(store: ResultStore, name: str) -> tuple[Sweep, dict[str, Any]]:
+    """A sweep as it was planned last, and its launcher's node; raises `ConfigError` for one that is not there."""
+    path = store.sweep(name) / "plan.json"
+    try:
+        content = json.loads(path.read_bytes())
+        trials = tuple(Trial(**{key: trial[key] for key in _TRIAL}) for trial in content["trials"])
+        return Sweep(name, trials, store, content["progress"]), content["launcher"]
+    except FileNotFoundError:
+        known = ", ".join(names(store)) or "none"
+        raise ConfigError(f"no sweep {name!r} in {store.root}; there are: {known}") from None
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); start the sweep again to plan it anew") from error
+
+
+def names(store: ResultStore) -> list[str]:
+    """The sweeps of a store, the one planned last first."""
+    paths = sorted((store.root / "sweeps").glob("*/plan.json"), key=lambda path: -path.stat().st_mtime)
+    return [path.parent.name for path in paths]

@@ -1,0 +1,65 @@
+"""Which trials of a sweep are shown where not all can be, which can be compared, and how a trial stands in words."""
+
+import math
+from collections.abc import Sequence
+
+from experiments.records import Outcome
+
+TELLING = "the failed, then the running, then the lowest in perplexity"
+
+
+def telling(outcomes: Sequence[Outcome], most: int) -> Sequence[Outcome]:
+    """At most so many outcomes, in the order of `TELLING`; in the order given when that is all.
+
+    The failed leave half of the places to the others, as far as these need them.
+    """
+    if len(outcomes) <= most:
+        return outcomes
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    others = sorted((outcome for outcome in outcomes if outcome.state != "failed"), key=_rank)
+    kept = failed[: max(most // 2, most - len(others))]
+    return kept + others[: most - len(kept)]
+
+
+def _rank(outcome: Outcome) -> tuple[int, float]:
+    order = ("running", "done", "queued")
+    return order.index(outcome.state), rank(outcome.result.metrics.perplexity) if outcome.result else 0.0
+
+
+def rank(value: float) -> float:
+    """A sort key that puts what is not a number last."""
+    return math.inf if math.isnan(value) else value
+
+
+def best_trial(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The quantized trial of the lowest perplexity, the first of equals; None when none has a finite one."""
+    found = [(o.result.metrics.perplexity, o) for o in outcomes if o.result and o.result.errors]
+    finite = [(perplexity, outcome) for perplexity, outcome in found if math.isfinite(perplexity)]
+    return min(finite, key=lambda pair: pair[0])[1] if finite else None
+
+
+def standing(outcome: Outcome) -> str:
+    """How a trial that is not done stands: `failed: <reason>; <advice>`, `running: block 3 of 30` or `queued`."""
+    told = outcome.failure.told if outcome.failure and outcome.state == "failed" else outcome.detail
+    return f"{outcome.state}: {told}" if told else outcome.state
+
+
+def comparable(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """Quantized trials by model and evaluated text: across these, neither perplexity nor KL can be compared."""
+    found: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.result and outcome.result.errors:
+            found.setdefault((variant(outcome, "model"), outcome.result.evaluated), []).append(outcome)
+    return found
+
+
+def variant(outcome: Outcome, group: str) -> str:
+    """A done trial's option of a group with the keys of it that differ within the sweep: `mxfp4 scale_rule=ocp`.
+
+    A seed makes no variant: trials that differ by it share a colour and a lane.
+    """
+    assert outcome.result is not None
+    start = f"{group}."
+    inner = [f"{key[len(start) :]}={value}" for key, value in outcome.labels.items() if key.startswith(start)]
+    own = [pair for pair in inner if not pair.startswith("seed=")]
+    return " ".join([outcome.result.choices.get(group, "–"), *own])

@@ -1,0 +1,61 @@
+"""Fixtures that give tests a SLURM of their own: each test process starts its own, when the first test needs it.
+
+A test takes `slurm` (or `slurm_accounting`) and finds SLURM_CONF set, so that whatever it calls is led to the cluster.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+
+
+def _running(folder: Path, accounting: bool, cgroups: bool, min_job_age: int) -> Iterator[Cluster]:
+    if lacking := missing(accounting):
+        pytest.skip(f"SLURM is not installed here: {', '.join(lacking)} not found")
+    cluster = Cluster(folder, accounting, cgroups, min_job_age)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def _used(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SQUEUE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+    yield cluster
+    cluster.cancel_all()
+
+
+def memory_is_limited_by_the_kernel() -> bool:
+    """Whether SLURM can use cgroups here, as real clusters do: then only a process that takes too much is killed."""
+    return os.geteuid() == 0 and os.access("/sys/fs/cgroup/memory", os.W_OK)
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    yield from _running(folder, accounting=False, cgroups=memory_is_limited_by_the_kernel(), min_job_age=300)
+
+
+@pytest.fixture(scope="session")
+def _accounting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm-accounting")
+    yield from _running(folder, accounting=True, cgroups=False, min_job_age=2)
+
+
+@pytest.fixture
+def slurm(_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Without accounting; ended jobs stay known for five minutes."""
+    yield from _used(_cluster, monkeypatch)
+
+
+@pytest.fixture
+def slurm_accounting(_accounting_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """With accounting and its limits (account `science`); the controller forgets ended jobs after two seconds."""
+    yield from _used(_accounting_cluster, monkeypatch)
