@@ -1,106 +1,94 @@
-"""`python -m experiments show TRIAL`: look at a trial again, by its id or the first digits of it.
-
-`python -m experiments bench`: measure what the project promises, on this machine.
-"""
+"""`python -m experiments ...`: look at trials and sweeps, follow and steer sweeps that run, compare, and measure."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.syntax import Syntax
-from rich.table import Table
-
-from experiments.benchmarks import promises
-from experiments.records import Record
 from experiments.schema import ConfigError
-from experiments.store import DamagedRecord, ResultStore
-from experiments.views.display import duration
-from experiments.views.summary import shown
+from experiments.store import ResultStore
+from experiments.views.display import log_to_console
+
+SWEEP = "a sweep's name, or the first letters of it (default: the sweep planned last)"
 
 
 def main() -> int:
-    """Run the command line; the exit code is 2 for a trial that is not there."""
-    parser = argparse.ArgumentParser(prog="python -m experiments", description="Look at recorded trials, or measure.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="a trial's metrics, costs, worst decoder blocks and config")
-    show.add_argument("trial", help="a trial's id, or the first digits of it")
-    show.add_argument("--results", default="results", help="the folder of the result store (default: results)")
-    bench = commands.add_parser("bench", help="times, memory and ratios of this checkout on this machine")
-    bench.add_argument("--quick", action="store_true", help="a tiny random model in place of the embedded one")
-    bench.add_argument("--results", type=Path, help="keep the trials in this empty folder (default: a temporary one)")
-    bench.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
-    arguments = parser.parse_args()
-    if arguments.command == "bench":
-        return promises.main(arguments.quick, arguments.results, arguments.output)
-    return show_trial(ResultStore(arguments.results), arguments.trial)
-
-
-def show_trial(store: ResultStore, prefix: str) -> int:
-    """Print one trial; the exit code."""
-    ids = store.ids(prefix)
-    if len(ids) != 1:
-        known = ", ".join(ids or store.ids()) or "none"
-        what = "several trials begin" if ids else "no trial begins"
-        print(f"{what} with {prefix!r} in {shown(store.root)}; there are: {known}", file=sys.stderr)
-        return 2
+    """Run the command line; the exit code is 2 for what is not there."""
+    log_to_console()
+    arguments = _parser().parse_args()
+    store = ResultStore(getattr(arguments, "results", None) or "results")
     try:
-        record = store.record(ids[0])
-    except (DamagedRecord, ConfigError) as error:
-        print(error, file=sys.stderr)
+        return _run(arguments, store)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    failure, console = store.failure(ids[0]), Console()
-    folder = shown(store.trial(ids[0]))
-    if record is not None:
-        _print_record(console, record)
-    elif failure is not None:
-        reason = escape(failure.reason)
-        console.print(f"[bold red]failed[/] on {failure.host} at {failure.failed_at:%Y-%m-%d %H:%M} UTC: {reason}")
-    else:
-        console.print("not finished")
-    console.print(f"files: {folder}", highlight=False)
-    return 0
+    except BrokenPipeError:  # such as `logs | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
 
 
-def _print_record(console: Console, record: Record) -> None:
-    metrics = record.metrics
-    console.print(Syntax(_yaml(record), "yaml", background_color="default", word_wrap=True))
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in (
-        ("perplexity", f"{metrics.perplexity:.4f} (original {metrics.perplexity_original:.4f})"),
-        ("KL", f"{metrics.kl:.5f} nats"),
-        ("top-1", f"{100 * metrics.top1:.2f}%"),
-        ("predictions", f"{metrics.predictions:,}"),
-        ("bits a weight", f"{metrics.bits_per_weight:.3f}"),
-        *((f"{name} took", _cost(record, name)) for name in record.stages),
-        ("worst blocks", _worst(record)),
-        ("ran on", f"{record.environment.get('host')}, {record.environment.get('device')}"),
-        ("at", f"{record.started_at:%Y-%m-%d %H:%M} UTC, commit {record.git_commit or 'unknown'}"),
-        *(("warning", warning) for warning in record.warnings),
-        *(("skipped", f"{layer}: {reason}") for layer, reason in record.skipped.items()),
-    ):
-        table.add_row(name, escape(value))
-    console.print(table)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.partition(":")[2].strip())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=text, description=text)
+        own.add_argument("--results", help="the folder of the result store (default: results)")
+        return own
+
+    status = command("status", "how the trials of a sweep stand: running, queued, done, failed, and why")
+    status.add_argument("sweep", nargs="?", help=SWEEP)
+    status.add_argument("--live", action="store_true", help="draw it anew until the sweep is over")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.add_argument("--all", action="store_true", help="every trial, however many")
+    command("wait", "follow a sweep until it is over, then show its table").add_argument("sweep", nargs="?", help=SWEEP)
+    logs = command("logs", "the last lines of trials that run, failed or stopped; or the whole log of one")
+    logs.add_argument("sweep", nargs="?", help=SWEEP)
+    logs.add_argument("trial", nargs="?", help="a trial's id, or the first digits of it")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows")
+    cancel = command("cancel", "end what runs of a sweep and what is queued; what is finished stays")
+    cancel.add_argument("sweep", nargs="?", help=SWEEP)
+    retry = command("retry", "run what is not done of a sweep, in the way it was launched")
+    retry.add_argument("sweep", nargs="?", help=SWEEP)
+    retry.add_argument("overrides", nargs="*", help="keys of hydra.launcher, such as time=480 memory=128G")
+    retry.add_argument("--launcher", help="another launcher: local, local_parallel or slurm")
+    show = command("show", "a trial's metrics, costs, worst decoder blocks and config")
+    show.add_argument("trial", help="a trial's id, or the first digits of it")
+    bench = command("bench", "times, memory and ratios of this checkout on this machine")
+    bench.add_argument("--quick", action="store_true", help="a tiny random model in place of the embedded one")
+    bench.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
+    return parser
 
 
-def _yaml(record: Record) -> str:
-    import yaml
+def _run(arguments: argparse.Namespace, store: ResultStore) -> int:
+    from experiments import commands
 
-    return yaml.safe_dump(record.config, sort_keys=False)
+    match arguments.command:
+        case "status":
+            return commands.status(
+                store, arguments.sweep, as_json=arguments.json, live=arguments.live, every=arguments.all
+            )
+        case "wait":
+            return commands.wait(store, arguments.sweep)
+        case "logs":
+            return commands.logs(store, arguments.sweep, arguments.trial, arguments.follow)
+        case "cancel":
+            return commands.cancel(store, arguments.sweep)
+        case "retry":
+            logging.getLogger("experiments").setLevel(logging.INFO)
+            return commands.retry(store, arguments.sweep, arguments.launcher, arguments.overrides)
+        case "show":
+            from experiments.views.trial import show_trial
 
+            return show_trial(store, arguments.trial)
+        case "bench":
+            from experiments.benchmarks import promises
 
-def _cost(record: Record, name: str) -> str:
-    stage = record.stages[name]
-    sizes = [(stage.peak_memory_bytes, "memory"), (stage.peak_gpu_memory_bytes, "GPU memory")]
-    return ", ".join(
-        [duration(stage.seconds), *(f"{size / 2**30:.1f} GiB of {what}" for size, what in sizes if size is not None)]
-    )
-
-
-def _worst(record: Record) -> str:
-    worst = sorted(record.blocks, key=lambda block: -block.relative_mse)[:3]
-    return ", ".join(f"{block.name} ({block.relative_mse:.2e})" for block in worst) or "none: not quantized"
+            kept = Path(arguments.results) if arguments.results else None
+            return promises.main(arguments.quick, kept, arguments.output)
+    raise AssertionError(arguments.command)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def _all_problems() -> str:
     """All that is wrong with the overrides of the command line, of which Hydra tells the first; a line each."""
     given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     overrides = [argument for argument in given if "=" in argument or argument.startswith("~")]
+    GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         master = compose("config", return_hydra_config=True)
         return grid.problems(GlobalHydra.instance().config_loader(), master, overrides)

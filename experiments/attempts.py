@@ -263,10 +263,13 @@ def job_id() -> str | None:
 
 
 def _is_alive(attempt: Attempt, path: Path, clock: float) -> bool:
-    if attempt.end is not None:
-        return False
-    if attempt.owner.is_here():
-        return attempt.owner.runs()
+    return attempt.end is None and is_alive(attempt.owner, path, clock)
+
+
+def is_alive(owner: Owner, path: Path, clock: float) -> bool:
+    """Whether a process runs: looked for on its machine; elsewhere by the age of the file that it renews."""
+    if owner.is_here():
+        return owner.runs()
     with suppress(OSError):
         return clock - path.stat().st_mtime < SILENCE_SECONDS
     return False

@@ -1,10 +1,13 @@
-"""The plan of a sweep on disk, `sweeps/<name>/plan.json`: which trials it has, how it was started, how it is launched."""
+"""The plan of a sweep on disk, `sweeps/<name>/plan.json`: its trials, and how it was started and launched."""
 
 import json
 import shlex
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
+from experiments.attempts import Owner, is_alive
 from experiments.records import now
 from experiments.schema import ConfigError
 from experiments.store import ResultStore, write_atomically
@@ -42,6 +45,20 @@ def load(store: ResultStore, name: str) -> tuple[Sweep, dict[str, Any]]:
         raise ConfigError(f"no sweep {name!r} in {store.root}; there are: {known}") from None
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); start the sweep again to plan it anew") from error
+
+
+def driver_file(store: ResultStore, name: str) -> Path:
+    """The file that says which process runs a sweep, while one does."""
+    return store.sweep(name) / "driver.json"
+
+
+def is_driven(store: ResultStore, name: str) -> bool:
+    """Whether a live process runs a sweep."""
+    path = driver_file(store, name)
+    try:
+        return is_alive(Owner.model_validate_json(path.read_bytes()), path, time.time())
+    except (OSError, ValueError):
+        return False
 
 
 def names(store: ResultStore) -> list[str]:

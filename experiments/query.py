@@ -3,6 +3,8 @@
 It says of a file only that it holds such a result. Why one does not is for the store to find out.
 """
 
+import functools
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,21 +18,22 @@ FILES_AT_ONCE = 500  # with their whole content in memory: 30 MB of the records 
 
 _STRUCTURE = """{
     "schema_version": "INTEGER", "trial_id": "VARCHAR", "status": "VARCHAR", "finished_at": "VARCHAR",
-    "choices": "MAP(VARCHAR, VARCHAR)", "metrics": "MAP(VARCHAR, DOUBLE)",
+    "choices": "JSON", "metrics": "MAP(VARCHAR, DOUBLE)",
     "stages": "MAP(VARCHAR, STRUCT(seconds DOUBLE))",
     "blocks": [{"index": "INTEGER", "relative_mse": "DOUBLE"}],
     "data": {"evaluation": {"ids_sha256": "VARCHAR"}},
     "environment": {"host": "VARCHAR"},
     "attempts": "INTEGER", "restored_blocks": "INTEGER"
 }"""
+# Materialized: else the content is parsed again for every column.
 _QUERY = """
+    WITH read AS MATERIALIZED (SELECT try(json_transform(content, $structure)) AS r FROM read_text($files))
     SELECT r.trial_id, r.choices, r.metrics,
            coalesce(list_sum(list_transform(map_values(r.stages), lambda stage: stage.seconds)), 0) AS seconds,
            list_transform(r.blocks, lambda block: block.index) AS indices,
            list_transform(r.blocks, lambda block: block.relative_mse) AS errors,
            r.data.evaluation.ids_sha256, r.environment.host, r.finished_at, r.attempts, r.restored_blocks
-    FROM (SELECT try(json_transform(content, $structure)) AS r FROM read_text($files))
-    WHERE r.schema_version = $version AND r.status = 'done'
+    FROM read WHERE r.schema_version = $version AND r.status = 'done'
 """
 
 
@@ -56,7 +59,7 @@ def results(files: Sequence[Path]) -> Iterator[Result]:
 
 def _result(
     trial_id: str,
-    choices: dict[str, str],
+    choices: str,
     metrics: dict[str, Any],
     seconds: float,
     indices: list[int],
@@ -71,7 +74,7 @@ def _result(
         raise ValueError("a value is not there")
     return Result(
         trial_id=sys.intern(trial_id),
-        choices={sys.intern(group): sys.intern(option) for group, option in choices.items()},
+        choices=_choices(choices),
         metrics=Metrics(**metrics),
         seconds=seconds,
         errors=dict(zip(indices, errors, strict=True)),
@@ -81,3 +84,9 @@ def _result(
         attempts=1 if attempts is None else attempts,
         restored_blocks=restored_blocks or 0,
     )
+
+
+@functools.cache
+def _choices(text: str) -> dict[str, str]:
+    """Choices, as JSON in a record: one object for the trials that share them."""
+    return {group: str(option) for group, option in json.loads(text).items()}

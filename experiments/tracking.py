@@ -170,7 +170,7 @@ class WandbTracking:
         if not _logged_in(settings.base_url, settings.api_key):
             level = logging.INFO if self._wanted == "auto" else logging.WARNING
             return self._go_offline(f"not logged in to {settings.base_url}; to log in: wandb login", level)
-        fault = _fault_of(settings.base_url)
+        fault = server_fault()
         return self._go_offline(fault, logging.WARNING) if fault else "online"
 
     def _go_offline(self, reason: str, level: int) -> str:
@@ -232,18 +232,21 @@ def _logged_in(url: str, key: str | None) -> bool:
         return False
 
 
-def _fault_of(url: str) -> str | None:
-    """What is wrong with a server that gives no sign of life in `PROBE_SECONDS`, or None."""
-    faults = [f"{url} does not answer"]
+def server_fault() -> str | None:
+    """What is wrong with the user's W&B server, if it gives no sign of life in `PROBE_SECONDS`; else None."""
+    import wandb
+
+    url = wandb.setup().settings.base_url
+    faults: list[str | None] = [f"{url} does not answer"]
 
     def ask() -> None:
-        faults[0] = _answer_of(f"{url}/healthz") or ""
+        faults[0] = _answer_of(f"{url}/healthz")
 
     # In a thread, as a host's name may take longer to resolve than any timeout of a socket.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PROBE_SECONDS)
-    return faults[0] or None
+    return faults[0]
 
 
 def _answer_of(url: str) -> str | None:

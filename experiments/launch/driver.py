@@ -1,14 +1,18 @@
 """Running a sweep: what is not done yet is handed to a launch, and what came out is shown and written."""
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from experiments import plans
+from experiments.attempts import HEARTBEAT_SECONDS, Owner
 from experiments.identity import hash_of
 from experiments.records import Outcome
 from experiments.standing import Standing
+from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
 from experiments.trial import Trial
 from experiments.views.summary import summarize, write
@@ -72,12 +76,35 @@ def run(sweep: Sweep, launch: Launch) -> list[Outcome]:
     (sweep.store.sweep(sweep.name) / "cancelled").unlink(missing_ok=True)
     log.info("%d of %d trials already done", len(done), len(sweep.trials))
     if pending:
-        launch(pending, board)
+        with _announced(sweep):
+            launch(pending, board)
         outcomes = board.look()
     summarize(sweep.name, outcomes, sweep.store)
     if any(outcome.state == "failed" for outcome in outcomes):
         raise SweepFailed
     return outcomes
+
+
+@contextmanager
+def _announced(sweep: Sweep) -> Iterator[None]:
+    """While open, a file says that this process runs the sweep; written anew every few seconds."""
+    path, done = plans.driver_file(sweep.store, sweep.name), threading.Event()
+
+    def announce() -> None:
+        while True:
+            with suppress(OSError):
+                write_atomically(path, to_json(Owner.this_process()), durable=False)
+            if done.wait(HEARTBEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=announce, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        path.unlink(missing_ok=True)
 
 
 def by_original(trials: Sequence[Trial]) -> list[Trial]:

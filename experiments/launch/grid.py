@@ -35,7 +35,7 @@ def combinations(arguments: Sequence[str], loader: ConfigLoader) -> list[tuple[s
     values: dict[str, list[str]] = {}
     for argument in arguments:
         try:
-            override = parser.parse_override(argument)
+            (override,) = parser.parse_overrides([argument])
         except HydraException:
             values[argument] = [argument]
         else:
@@ -120,6 +120,7 @@ class _Base:
         self.choices = choices(config.hydra)
         self.unknown = {key for key in keys if self._place(key) == "nowhere"}
         self.stubborn = {key for key in keys if self._place(key) == "elsewhere"}
+        self.keys = set(keys) - self.unknown
         closures = {top: self._closure(top) for top in self.raw}
         if None in closures.values():
             self.stubborn |= set(keys)
@@ -217,10 +218,8 @@ class _Composer:
         base, setting = self._base(given)
         if base is None:
             return None
-        if base.unknown:
-            self.problems |= dict.fromkeys(unknown_key(key, base.known) for key in base.unknown)
-            setting = [one for one in setting if one.key not in base.unknown]
-        config = base.config(setting, self.problems)
+        self.problems |= dict.fromkeys(unknown_key(key, base.known) for key in base.unknown)
+        config = base.config([one for one in setting if one.key in base.keys], self.problems)
         return None if config is None else Composed(config, base.choices)
 
     def _base(self, given: Sequence[_Given]) -> tuple[_Base | None, list[_Given]]:
@@ -244,9 +243,10 @@ class _Composer:
 
     def _parse(self, text: str) -> _Given | None:
         try:
-            override = self._parser.parse_override(text)
+            (override,) = self._parser.parse_overrides([text])
         except HydraException as error:
-            self.problems[explain(error)] = None
+            said = explain(error)
+            self.problems[said if text in said else f"Error parsing override '{text}'\n{said}"] = None
             return None
         key = override.key_or_group
         if override.is_sweep_override():
@@ -276,7 +276,9 @@ class _Composer:
                     return None
                 left_out |= {one.text for one in wrong}
             else:
-                return _Base(config, keys, self._parts)
+                # The keys of an option that is not there are no mistake of their own.
+                without = {one.key for one in composing if one.text in left_out}
+                return _Base(config, [key for key in keys if _top(key) not in without], self._parts)
 
     def _problem(self, given: _Given) -> str | None:
         """What is wrong with an override by itself."""

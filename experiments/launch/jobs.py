@@ -24,7 +24,7 @@ WAITING = {
     "PartitionInactive": "the partition starts no jobs now; ask why, or set hydra.launcher.partition=...",
     "PartitionTimeLimit": "the partition's limit is shorter: lower hydra.launcher.time=...",
     "PartitionNodeLimit": "the partition allows no job of this size: lower hydra.launcher.gpus, cpus or memory",
-    "PartitionConfig": "no node of the partition has as much: lower hydra.launcher.gpus, cpus or memory",
+    "PartitionConfig": "the partition can run no such job: lower hydra.launcher.time, gpus, cpus or memory",
     "BadConstraints": "no node is like that: change hydra.launcher.extra=..., gpus, cpus or memory",
     "ReqNodeNotAvail": "the nodes that it could use are down or reserved; wait, or set hydra.launcher.partition=...",
     "NodeDown": "its node is down; wait, or set hydra.launcher.partition=...",

@@ -40,7 +40,7 @@ class Worker:
     environment: dict[str, str]
     log_file: Path
     _process: subprocess.Popen[str] | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: "threading.RLock" = field(default_factory=threading.RLock)  # a signal handler may close too
     _closed: bool = False
 
     def run(self, store: ResultStore, sweep: str, trial: Trial) -> str:
@@ -72,7 +72,8 @@ class Worker:
         process = self._started()
         if process is None:
             return "interrupted"
-        assert process.stdin and process.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
@@ -184,7 +185,7 @@ def interrupt() -> None:
 def give_up(root: str, sweep: str, trial_id: str, kind: Kind, reason: str) -> None:
     """Record that a trial is not started again."""
     store = ResultStore(root)
-    _fail(store, sweep, _planned(store, sweep, trial_id), kind, reason)
+    record_failure(store, sweep, _planned(store, sweep, trial_id), kind, reason)
 
 
 def _planned(store: ResultStore, sweep: str, trial_id: str) -> Trial:
@@ -208,13 +209,13 @@ def _after_death(store: ResultStore, sweep: str, trial: Trial, code: int, log_fi
         log.warning("trial %s: %s", trial.trial_id, reason)
         if may_go_on(attempts.since_failure()):
             return None
-        return _fail(store, sweep, trial, "out of memory", reason)
+        return record_failure(store, sweep, trial, "out of memory", reason)
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     attempts.close(number, "crashed", how)
-    return _fail(store, sweep, trial, "crash", f"its process crashed ({how}): {_last_line(log_file)}")
+    return record_failure(store, sweep, trial, "crash", f"its process crashed ({how}): {_last_line(log_file)}")
 
 
-def _fail(store: ResultStore, sweep: str, trial: Trial, kind: Kind, reason: str) -> str:
+def record_failure(store: ResultStore, sweep: str, trial: Trial, kind: Kind, reason: str) -> str:
     """Record a failure that the trial's own process could not; its state."""
     from hydra.utils import instantiate
 

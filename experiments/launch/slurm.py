@@ -35,8 +35,8 @@ CHECKOUT = Path(__file__).parent.parent.parent
 
 # What sbatch says when it refuses, and the keys that can mend it; the first that matches counts.
 REMEDIES = (
-    (r"partition", "partition", "`sinfo` lists the partitions"),
     (r"account or account", "account", "`sacctmgr show assoc user=$USER` lists the accounts that you may use"),
+    (r"partition", "partition", "`sinfo` lists the partitions"),
     (r"qos spec", "qos", "`sacctmgr show assoc user=$USER format=account,qos` lists those that you may use"),
     (r"Memory spec", "memory", "`sinfo -o '%P %m'` shows what the nodes of each partition have, in MiB"),
     (r"time limit (is )?invalid|Requested time limit|TimeLimit", "time", "`sinfo -o '%P %l'` shows the limits"),
@@ -46,6 +46,16 @@ REMEDIES = (
     (r"node config", "gpus", "or cpus or memory: no node has that much; `sinfo -o '%P %c %m %G'` shows what they have"),
     (r"feature|unrecognized|Invalid", "extra", "one of the options in it is not right on this cluster"),
 )
+
+# What slurmstepd writes into a job's log when it ends the job: the job's own state is FAILED for want of memory, because
+# it is a step of the job that ran out.
+LAST_WORDS = (
+    (r"oom-kill event|exceeded memory limit", "OUT_OF_MEMORY"),
+    (r"CANCELLED AT .* DUE TO TIME LIMIT", "TIMEOUT"),
+    (r"CANCELLED AT .* DUE TO NODE FAILURE", "NODE_FAIL"),
+    (r"CANCELLED AT .* DUE TO PREEMPTION", "PREEMPTED"),
+)
+TAIL = 1 << 16
 
 
 class SubmissionError(ConfigError):
@@ -193,6 +203,17 @@ def job_of_trial(folder: Path) -> dict[str, str]:
 def log_file(folder: Path, job_id: str) -> Path:
     """The file that takes what a job prints, all its starts one after the other; `folder` is the sweep's."""
     return folder / "jobs" / f"{job_id}_0_log.out"
+
+
+def ended_as(folder: Path, job_id: str) -> str | None:
+    """The state that the last start of a job ended in, as its log tells it; None when the log does not."""
+    try:
+        with log_file(folder, job_id).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            last = file.read().decode(errors="replace").rpartition("Starting with JobEnvironment")[2]
+    except FileNotFoundError:
+        return None
+    return next((state for pattern, state in LAST_WORDS if re.search(pattern, last)), None)
 
 
 def _executor(

@@ -29,13 +29,23 @@ def main() -> None:
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin, requests), daemon=True).start()
     _answer(answers, {"ready": os.getpid()})
+    try:
+        _serve(requests, answers)
+    except KeyboardInterrupt:  # told to end
+        os._exit(0)
+
+
+def _serve(requests: "queue.Queue[str]", answers: TextIO) -> None:
     runners: dict[str, TrialRunner] = {}
     while request := requests.get():
         message = json.loads(request)
         trial = Trial(**message["trial"])
         key = json.dumps([message["root"], message["sweep"], trial.config["tracking"]])
         runner = runners.get(key) or runners.setdefault(key, _runner(message, trial))
-        _answer(answers, _run(runner, trial))
+        answer = _run(runner, trial)
+        _answer(answers, answer)
+        if answer["state"] == "interrupted":
+            raise KeyboardInterrupt
 
 
 def _runner(message: dict[str, Any], trial: Trial) -> TrialRunner:

@@ -33,19 +33,13 @@ class Summary:
 def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
     """Show the table of a sweep on standard output, write it and the report, and show where these are.
 
-    A table of many trials is shown in part. Raises `OSError` that names the file when one cannot be written; the
-    table has been shown by then.
+    Raises `OSError` that names the file when one cannot be written; the table has been shown by then.
     """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_OF_A_FILE)
-    most = telling(outcomes, ROWS_SHOWN)
-    console.print(to_terminal(name, tabulate(outcomes, most)))
     folder = store.sweep(name)
-    if len(most) < len(outcomes):
-        where = shown(folder / "table.md")
-        console.print(f"{len(most)} of {len(outcomes):,} trials: {TELLING}; all are in {where}", highlight=False)
-    console.print(_counts(outcomes))
+    show_table(console, name, outcomes, folder)
     write(name, outcomes, store)
     example = next((outcome for outcome in outcomes if outcome.state == "failed"), outcomes[0])
     for what, where in (
@@ -56,13 +50,33 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
         console.print(f"  {what:8} {where}", highlight=False, markup=False, soft_wrap=True)
 
 
+def show_table(console: Console, name: str, outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Print the table, of many trials only some rows, and how many trials stand how."""
+    most = telling(outcomes, ROWS_SHOWN)
+    console.print(to_terminal(name, tabulate(outcomes, most)))
+    if len(most) < len(outcomes):
+        where = shown(folder / "table.md")
+        said = f"{len(most)} of {len(outcomes):,} trials: {TELLING}; all are in {where}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    console.print(_counts(outcomes))
+
+
 def write(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
     """Write the table and the report of a sweep, as far as it is."""
+    write_table(name, outcomes, store)
+    write_report(name, outcomes, store)
+
+
+def write_table(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
+    """Write `table.md`, with a row for every trial."""
+    write_atomically(store.sweep(name) / "table.md", to_markdown(name, tabulate(outcomes)))
+
+
+def write_report(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
+    """Write `report.html`."""
     from experiments.views.report import render_report
 
-    folder = store.sweep(name)
-    write_atomically(folder / "table.md", to_markdown(name, tabulate(outcomes)))
-    write_atomically(folder / "report.html", render_report(name, outcomes, store.record))
+    write_atomically(store.sweep(name) / "report.html", render_report(name, outcomes, store.record))
 
 
 def tabulate(outcomes: Sequence[Outcome], shown: Sequence[Outcome] | None = None) -> Summary:

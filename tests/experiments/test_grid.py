@@ -41,7 +41,7 @@ def custom(tmp_path: Path) -> Iterator[ConfigLoader]:
     (tmp_path / "config.yaml").write_text(CUSTOM)
     (tmp_path / "shape" / "round.yaml").write_text("sides: 0\n")
     (tmp_path / "shape" / "square.yaml").write_text("sides: ${number}\nside: {length: '${..sides}'}\n")
-    (tmp_path / "shape" / "named.yaml").write_text("sides: 3\nname: ${hydra:job.override_dirname}\n")
+    (tmp_path / "shape" / "named.yaml").write_text("sides: 3\nname: ${oc.decode:'${number}'}\n")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         yield GlobalHydra.instance().config_loader()
@@ -74,9 +74,9 @@ def assert_as_hydra(loader: ConfigLoader, arguments: list[str]) -> None:
         ["seed=1,1.0,true,'1',one,null"],
         ["calibration.windows=1e1,.5,-3,inf", "sweep=a-b,'c d',\"e,f\""],
         ["quantize.exclude=[],['*.down_proj']", "seed=0,1"],
-        ["quantize.exclude=[],['*.down_proj',k]", "+quantize.more={a:1},{a:{b:2}}", "quantize.exclude.0=x"][:2],
+        ["quantize.exclude=[],['*.down_proj',k]", "+quantize.more={a:1},{a:{b:2}}"],
         ["+extra=1,2", "seed=0,1", "extra=3,4"],
-        ["~sweep", "seed=0,1"],
+        ["~progress", "seed=0,1"],
         ["~quantize.exclude", "seed=0,1"],
         ["+quantize.more=1", "quantize.more=2,3"],
         ["++quantize.more=1,2", "quantize.more=7"],
@@ -85,7 +85,6 @@ def assert_as_hydra(loader: ConfigLoader, arguments: list[str]) -> None:
         ["calibration={batch_size:8},{windows:3}", "calibration.batch_size=1,2", "seed=1,2"],
         ["results=/tmp/a,/tmp/b", "device=cpu,'cuda:0'", "seed=\\${calibration.windows}"],
         ["format.scale_rule=ocp,paper", "format=mxfp4"],
-        ["transform@other=h,r", "seed=1,2"][1:],
         ["+transform@other=h,r", "seed=1,2"],
         ["calibration.seed=${seed}", "seed=1,2"],
         ["calibration.seed=${evaluation.windows},4", "evaluation.windows=1,2"],
@@ -105,7 +104,7 @@ def test_a_config_is_the_one_that_hydra_composes(arguments: list[str], loader: C
         ["number=1,2", "shape.sides=4,five", "missing=1"],
         ["inner.a.b=x,y", "missing=1"],
         ["inner.c=x,1", "inner.d=null,2", "number=3,4", "missing=1"],
-        ["alias.b=x,y", "missing=1", "number=5,6"],
+        ["alias=x,y", "missing=1", "number=5,6"],
         ["inner.a=1,2", "missing=1", "~alias"],
         ["list.0=3,4", "number=5,6", "missing=1"],
         ["list=5", "number=5,6", "missing=1"],
@@ -148,24 +147,15 @@ def problems(loader: ConfigLoader, *arguments: str) -> list[str]:
 
 def test_every_unknown_option_is_listed_once(loader: ConfigLoader) -> None:
     found = problems(loader, "format=mxfp4,mxfp5,nvfp5", "transform=hh,wush", "algorithm=qptq", "seed=range(0,3)")
-    assert [line.partition(":")[0] for line in found] == [
-        "format=mxfp4"[:0] + "algorithm=qptq",
-        "transform=hh",
-        "format=mxfp5",
-        "format=nvfp5",
-    ] or sorted(line.partition(":")[0] for line in found) == [
-        "algorithm=qptq",
-        "format=mxfp5",
-        "format=nvfp5",
-        "transform=hh",
-    ]
+    names = [line.partition(":")[0] for line in found]
+    assert sorted(names) == ["algorithm=qptq", "format=mxfp5", "format=nvfp5", "transform=hh"]
 
 
 def test_unknown_options_keys_and_wrong_values_come_together(loader: ConfigLoader) -> None:
     found = problems(
         loader,
         *("format=mxfp4,mxfp5", "formt=mxfp4,nvfp4", "calibration.window=3", "seed=-1,0,x", "device=gpu,cpu"),
-        *("evaluation.windows=interval(1,2)", "transform==h", "quantize.exclude=[1]"),
+        *("evaluation.windows=interval(1,2)", "transform=[h", "quantize.exclude=[1]"),
     )
     text = "\n".join(found)
     for start in (
@@ -176,7 +166,7 @@ def test_unknown_options_keys_and_wrong_values_come_together(loader: ConfigLoade
         "seed=x: input should be a valid integer",
         "device=gpu: should be",
         "evaluation.windows=interval(1,2): not a list of values",
-        "Error parsing override 'transform==h'",
+        "Error parsing override 'transform=[h'",
         "quantize.exclude.0=1: input should be a valid string",
     ):
         assert start in text, start

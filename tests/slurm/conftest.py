@@ -4,23 +4,26 @@ A test takes `slurm` (or `slurm_accounting`) and finds SLURM_CONF set, so that w
 """
 
 import os
+import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster, missing
 
 
-def _running(folder: Path, accounting: bool, cgroups: bool, min_job_age: int) -> Iterator[Cluster]:
+def _running(accounting: bool, cgroups: bool, min_job_age: int) -> Iterator[Cluster]:
     if lacking := missing(accounting):
         pytest.skip(f"SLURM is not installed here: {', '.join(lacking)} not found")
-    cluster = Cluster(folder, accounting, cgroups, min_job_age)
+    cluster = Cluster(accounting, cgroups, min_job_age)
     try:
         cluster.start()
-        yield cluster
-    finally:
+    except AssertionError:  # its logs are of use
         cluster.stop()
+        raise
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(cluster.folder)
 
 
 def _used(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
@@ -38,15 +41,13 @@ def memory_is_limited_by_the_kernel() -> bool:
 
 
 @pytest.fixture(scope="session")
-def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("slurm")
-    yield from _running(folder, accounting=False, cgroups=memory_is_limited_by_the_kernel(), min_job_age=300)
+def _cluster() -> Iterator[Cluster]:
+    yield from _running(accounting=False, cgroups=memory_is_limited_by_the_kernel(), min_job_age=300)
 
 
 @pytest.fixture(scope="session")
-def _accounting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("slurm-accounting")
-    yield from _running(folder, accounting=True, cgroups=False, min_job_age=2)
+def _accounting_cluster() -> Iterator[Cluster]:
+    yield from _running(accounting=True, cgroups=False, min_job_age=2)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 WORK = {
@@ -29,10 +30,8 @@ def run_in_job(root: str, sweep_name: str, trial_id: str) -> None:
     _workers.append(subprocess.Popen([sys.executable, "-S", "-c", code]))
     _say(f"started with {os.environ['SLURM_CPUS_PER_TASK']} cpus, worker {_workers[-1].pid}")
     while _workers[-1].poll() is None:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             _workers[-1].wait(0.1)
-        except subprocess.TimeoutExpired:
-            pass
     _say(f"ended {_workers[-1].returncode}")
 
 

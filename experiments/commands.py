@@ -1,0 +1,170 @@
+"""What can be done with a sweep that was started: look at it, wait for it, read its logs, cancel it, retry it.
+
+Each command reads the store and the cluster; none needs the process that started the sweep. Exit codes: 0 all trials
+done, 1 some failed or stopped, 2 the command is wrong, 3 not over yet.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from experiments import plans
+from experiments.attempts import Attempts
+from experiments.launch import driver
+from experiments.launch.choose import launch_of
+from experiments.schema import ConfigError
+from experiments.standing import Follower, Status, job_states
+from experiments.store import ResultStore, write_atomically
+from experiments.sweep import Sweep
+from experiments.views import status as view
+from experiments.views.summary import shown
+
+log = logging.getLogger(__name__)
+
+CONF = Path(__file__).parent.parent / "conf"
+LINES_OF_A_LOG = 30
+
+
+def find(store: ResultStore, name: str | None) -> tuple[Sweep, dict[str, object]]:
+    """The sweep of a name, or of the first letters of one; the one planned last for None."""
+    known = plans.names(store)
+    if name is None and not known:
+        raise ConfigError(f"no sweep in {shown(store.root)}; start one with run.py, or give --results")
+    begun = [one for one in known if name and one.startswith(name)]
+    return plans.load(store, known[0] if name is None else begun[0] if len(begun) == 1 else name)
+
+
+def status(store: ResultStore, name: str | None, *, as_json: bool, live: bool, every: bool) -> int:
+    """Show how a sweep stands, once or until it is over."""
+    sweep, _ = find(store, name)
+    follower, rows = Follower(sweep), None if every else view.ROWS_SHOWN
+    if live:
+        return _code(view.watch(sweep.name, follower.look, rows))
+    statuses = follower.look()
+    if as_json:
+        print(view.to_json(sweep.name, statuses))
+    else:
+        _print(view.to_table(sweep.name, statuses, rows))
+    return _code(statuses)
+
+
+def wait(store: ResultStore, name: str | None) -> int:
+    """Show a sweep until it is over, then its summary."""
+    from experiments.standing import Standing
+    from experiments.views.summary import summarize
+
+    sweep, _ = find(store, name)
+    statuses = view.watch(sweep.name, Follower(sweep).look, view.ROWS_SHOWN)
+    summarize(sweep.name, Standing(sweep).look(), store)
+    for one in statuses:
+        if one.state == "stopped":
+            print(f"{one.trial_id} {one.name}: {one.reason}; go on with: python -m experiments retry {sweep.name}")
+    return _code(statuses)
+
+
+def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) -> int:
+    """Print the log of a trial, or the last lines of every trial that runs, failed or stopped."""
+    sweep, _ = find(store, name)
+    if trial is None:
+        for one in Follower(sweep).look():
+            if one.state in ("running", "failed", "stopped"):
+                _print_end(one, store.trial(one.trial_id))
+        return 0
+    ids = [own.trial_id for own in sweep.trials if own.trial_id.startswith(trial)]
+    if len(ids) != 1:
+        raise ConfigError(f"{trial}: {len(ids)} trials of sweep {sweep.name} begin so; `status --all` lists them")
+    path = store.trial(ids[0]) / "trial.log"
+    if not path.exists():
+        raise ConfigError(f"trial {ids[0]} has no log yet; `status {sweep.name}` says how it stands")
+    _print_file(path, store, ids[0], follow)
+    return 0
+
+
+def cancel(store: ResultStore, name: str | None) -> int:
+    """End what runs of a sweep, and what is queued; finished trials and decoder blocks stay."""
+    sweep, _ = find(store, name)
+    write_atomically(store.sweep(sweep.name) / "cancelled", "")
+    missing = [one.trial_id for one in Follower(sweep).look() if one.state in ("running", "queued")]
+    jobs = [job.job_id for job in job_states(store, sweep.name, missing).values()]
+    if jobs:
+        from experiments.launch import jobs as slurm_jobs
+
+        slurm_jobs.cancel(jobs)
+    ended = sum(_interrupt(Attempts(store, trial_id), sweep.name) for trial_id in missing)
+    others = len(missing) - len(jobs) - ended
+    print(
+        f"{len(jobs)} jobs cancelled, {ended} processes of this machine told to stop"
+        + (f"; {others} trials elsewhere stop within seconds, or were not begun" if others else "")
+    )
+    print(f"go on later with: python -m experiments retry {sweep.name}")
+    return 0
+
+
+def retry(store: ResultStore, name: str | None, launcher: str | None, overrides: Sequence[str]) -> int:
+    """Run the trials of a sweep that are not done, in the way it was launched or in another one."""
+    sweep, node = find(store, name)
+    if launcher is not None:
+        path = CONF / "hydra" / "launcher" / f"{launcher}.yaml"
+        if not path.exists():
+            raise ConfigError(
+                f"--launcher {launcher}: there are: {', '.join(sorted(p.stem for p in path.parent.glob('*')))}"
+            )
+        node = yaml.safe_load(path.read_text())
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: write key=value, a key of hydra.launcher such as time=480")
+        node = dict(node) | {key.removeprefix("hydra.launcher."): yaml.safe_load(value)}
+    try:
+        driver.run(sweep, launch_of(node))
+    except driver.SweepFailed:
+        return 1
+    return 0
+
+
+def _code(statuses: Sequence[Status]) -> int:
+    if not view.is_over(statuses):
+        return 3
+    return 0 if all(one.state == "done" for one in statuses) else 1
+
+
+def _print(content: object) -> None:
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(content)
+
+
+def _print_end(one: Status, folder: Path) -> None:
+    print(f"==> {one.trial_id} {one.name}: {one.state} <==")
+    for path in (folder / "trial.log", folder / "worker.log"):
+        if path.exists():
+            print("\n".join(path.read_text(errors="replace").splitlines()[-LINES_OF_A_LOG:]))
+    print()
+
+
+def _print_file(path: Path, store: ResultStore, trial_id: str, follow: bool) -> None:
+    with path.open(errors="replace") as file:
+        sys.stdout.write(file.read())
+        while follow and not store.record(trial_id) and not store.failure(trial_id):
+            time.sleep(1)
+            sys.stdout.write(file.read())
+            sys.stdout.flush()
+
+
+def _interrupt(attempts: Attempts, sweep: str) -> bool:
+    """Interrupt an attempt of this sweep on this machine, outside of any job; whether there was one."""
+    running = attempts.running()
+    if running is None or running.sweep != sweep or running.owner.job or not running.owner.is_here():
+        return False
+    try:
+        os.kill(running.owner.pid, signal.SIGINT)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

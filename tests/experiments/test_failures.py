@@ -1,0 +1,132 @@
+"""Failures by kind: what is tried again, with what, and what the user is told."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import wush
+from experiments import sweep
+from experiments.attempts import Attempt, Attempts, Owner
+from experiments.failures import ADVICE, classify, may_go_on
+from experiments.records import Failure, Record, now
+from experiments.tracking import NoTracking
+from experiments.trial import TrialRunner
+from tests.experiments.conftest import composed
+from wush.progress import Silent
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (wush.NumericError("not finite"), "numeric"),
+        (wush.UnsupportedModelError("no blocks"), "config"),
+        (ValueError("model 'x': no config.json there"), "config"),
+        (OSError(28, "No space left on device"), "disk"),
+        (OSError(122, "Disk quota exceeded"), "disk"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "gpu"),
+        (RuntimeError("shapes cannot be multiplied"), "error"),
+        (FileNotFoundError(2, "No such file"), "error"),
+    ],
+)
+def test_an_exception_is_of_one_kind(error: Exception, kind: str) -> None:
+    assert classify(error) == kind
+
+
+def attempt(end: Any) -> Attempt:
+    return Attempt(number=1, owner=Owner.this_process(), sweep="s", started_at=now(), end=end)
+
+
+@pytest.mark.parametrize(
+    ("ends", "again"),
+    [
+        ([], True),
+        (["out of memory"], True),
+        (["out of memory", "out of memory"], False),
+        (["out of memory", "interrupted", "out of memory"], False),
+        (["lost"] * 9, True),
+        (["interrupted"], True),
+        (["crashed"], False),
+        (["cancelled"], False),
+    ],
+)
+def test_lost_trials_go_on_and_memory_fails_twice(ends: list[str], again: bool) -> None:
+    assert may_go_on([attempt(end) for end in ends]) == again
+
+
+def run(folder: Path, *overrides: str) -> tuple[Record | Failure | Attempt, Attempts]:
+    sizes = ("calibration.windows=4", "calibration.batch_size=4", "evaluation.windows=4", "evaluation.batch_size=2")
+    planned = sweep.plan([composed(f"results={folder}", *sizes, *overrides)], [])
+    trial = planned.trials[0]
+    found = TrialRunner(planned.store, "s", NoTracking(), Silent()).run(trial)
+    return found, Attempts(planned.store, trial.trial_id)
+
+
+def out_of_memory(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Have `wush.quantize` run out of memory so often; the batch sizes that it was called with."""
+    quantize, sizes = wush.quantize, []
+
+    def call(model: Any, batches: Any, **options: Any) -> Any:
+        sizes.append(len(batches[0]))
+        if len(sizes) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return quantize(model, batches, **options)
+
+    monkeypatch.setattr("wush.quantize", call, raising=False)
+    return sizes
+
+
+def test_out_of_memory_is_tried_again_one_window_at_a_time_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(tmp_path / "whole")
+    sizes = out_of_memory(monkeypatch, 1)
+    found, attempts = run(tmp_path / "short")
+    assert sizes == [4, 1]
+    assert isinstance(whole, Record)
+    assert isinstance(found, Record)
+    assert (found.trial_id, found.metrics) == (whole.trial_id, whole.metrics)
+    assert any("one window at a time" in warning for warning in found.warnings)
+    assert (whole.warnings, found.attempts) == ([], 2)
+    assert [one.end for one in attempts.all()] == ["out of memory", "done"]
+
+
+def test_out_of_memory_twice_is_a_failure_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = out_of_memory(monkeypatch, 2)
+    found, attempts = run(tmp_path)
+    assert sizes == [4, 1]
+    assert isinstance(found, Failure)
+    assert (found.kind, found.advice) == ("out of memory", ADVICE["out of memory"])
+    assert attempts.since_failure() == []
+    out_of_memory(monkeypatch, 0)
+    assert isinstance(run(tmp_path)[0], Record), "after a failure it may start anew"
+
+
+def test_a_numeric_failure_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = wush.Evaluation(perplexity=math.inf, perplexity_original=2.0, kl=1.0, top1=0.5, predictions=62)
+    monkeypatch.setattr("wush.evaluate", lambda *_, **__: found, raising=False)
+    failure, attempts = run(tmp_path)
+    assert isinstance(failure, Failure)
+    assert (failure.kind, len(attempts.all())) == ("numeric", 1)
+
+
+def test_an_interrupt_is_an_ended_attempt_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    planned = sweep.plan([composed(f"results={tmp_path}")], [])
+    with monkeypatch.context() as patched:
+        patched.setattr("wush.evaluate", interrupt, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            TrialRunner(planned.store, "s", NoTracking(), Silent()).run(planned.trials[0])
+    attempts = Attempts(planned.store, planned.trials[0].trial_id)
+    assert [one.end for one in attempts.all()] == ["interrupted"]
+    assert planned.store.failure(planned.trials[0].trial_id) is None
+    resumed = TrialRunner(planned.store, "s", NoTracking(), Silent()).run(planned.trials[0])
+    assert isinstance(resumed, Record)
+    assert resumed.restored_blocks == 2
