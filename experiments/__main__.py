@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from experiments.attempts import Cancelled
 from experiments.schema import ConfigError
 from experiments.store import ResultStore
 from experiments.views.display import log_to_console
@@ -25,7 +26,7 @@ def main() -> int:
     except BrokenPipeError:  # such as `logs | head`
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Cancelled):
         return 130
 
 

@@ -19,9 +19,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import sweep
+from experiments.attempts import Cancelled
 from experiments.launch import driver, grid
+from experiments.launch.choose import carry_out, launcher_problems
 from experiments.launch.explain import explain
-from experiments.launch.plugins import as_composed
+from experiments.launch.plugins import as_composed, as_node
 from experiments.schema import ConfigError
 from experiments.views.display import log_to_console
 
@@ -33,7 +35,8 @@ def _app(config: DictConfig) -> None:
     with _readable_errors():  # here too: Hydra announces errors that leave the task in words of its own
         hydra_node = HydraConfig.get()
         composed = as_composed(config, hydra_node)  # type: ignore[arg-type]
-        driver.run(sweep.plan([composed], hydra_node.overrides.task))
+        node = as_node(hydra_node.launcher)
+        carry_out(sweep.plan([composed], hydra_node.overrides.task, launcher_problems(node)), node)
 
 
 def main() -> None:
@@ -63,8 +66,11 @@ def _readable_errors() -> Iterator[None]:
     except OSError as error:
         print(f"error: {error}; finished trials stay, and the same command goes on with the rest", file=sys.stderr)
         sys.exit(1)
+    except Cancelled:
+        print("cancelled; finished trials and decoder blocks stay, the same command or retry goes on", file=sys.stderr)
+        sys.exit(130)
     except KeyboardInterrupt:
-        print("interrupted; finished trials stay, and the same command goes on with the rest", file=sys.stderr)
+        print("interrupted; finished trials and decoder blocks stay, and the same command goes on", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(130)

@@ -110,12 +110,7 @@ def retry(store: ResultStore, name: str | None, launcher: str | None, overrides:
     """Run the trials of a sweep that are not done, in the way it was launched or in another one."""
     sweep, node = find(store, name)
     if launcher is not None:
-        path = CONF / "hydra" / "launcher" / f"{launcher}.yaml"
-        if not path.exists():
-            raise ConfigError(
-                f"--launcher {launcher}: there are: {', '.join(sorted(p.stem for p in path.parent.glob('*')))}"
-            )
-        node = yaml.safe_load(path.read_text())
+        node = _launcher_node(launcher)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -126,6 +121,13 @@ def retry(store: ResultStore, name: str | None, launcher: str | None, overrides:
     except driver.SweepFailed:
         return 1
     return 0
+
+
+def _launcher_node(name: str) -> dict[str, object]:
+    options = {path.stem: path for path in (CONF / "hydra" / "launcher").glob("*.yaml") if path.stem != "plan"}
+    if name not in options:
+        raise ConfigError(f"--launcher {name}: there are: {', '.join(sorted(options))}")
+    return yaml.safe_load(options[name].read_text())
 
 
 def _code(statuses: Sequence[Status]) -> int:

@@ -42,7 +42,6 @@ def plan(composed: Sequence[Composed], overrides: Sequence[str], problems: Itera
     """
     identities = Identities()
     valid, parts = _validated(composed, identities, problems)
-    _check_one_way_to_run(valid)
     first: dict[str, int] = {}
     for i, one in enumerate(parts):
         first.setdefault(hash_of(one), i)
@@ -74,6 +73,7 @@ def _validated(
             valid.append(Composed(config, one.choices))
         except ValueError as error:
             found |= dict.fromkeys(str(error).splitlines())
+    found |= dict.fromkeys(_ways_to_run(valid))
     if found:
         raise ConfigError("\n".join(found))
     return valid, parts
@@ -99,8 +99,8 @@ class _Validator:
         return name, type(value), id(value) if isinstance(value, (dict, list)) else value
 
 
-def _check_one_way_to_run(composed: Sequence[Composed]) -> None:
-    """Raise `ConfigError` when trials of a sweep differ in how or where they are to run."""
+def _ways_to_run(composed: Sequence[Composed]) -> list[str]:
+    """What to say where trials of a sweep differ in how or where they are to run."""
     problems = []
     for key in NEUTRAL:
         if any(one.config[key] != composed[0].config[key] for one in composed):
@@ -108,8 +108,7 @@ def _check_one_way_to_run(composed: Sequence[Composed]) -> None:
             problems.append(
                 f"{key}={','.join(values)}: one sweep has one {key}; give one value, or start several sweeps"
             )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
 
 
 def _used_choices(composed: Sequence[Composed]) -> list[dict[str, str]]:

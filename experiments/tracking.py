@@ -149,15 +149,12 @@ class WandbTracking:
 
     def _begun(self, init: Callable[..., wandb.Run]) -> wandb.Run:
         """The run, offline if it cannot be online."""
-        import wandb
-
         self._mode = self._mode or self._choose_mode()
         if self._mode == "online":
             try:
                 return init(mode="online")
             except Exception as error:  # whatever the client raises
                 self._go_offline(_one_line(error), logging.WARNING)
-                wandb.teardown()  # else the client holds that the id is in use
         return init(mode=self._mode)
 
     def _choose_mode(self) -> str:
@@ -174,6 +171,9 @@ class WandbTracking:
         return self._go_offline(fault, logging.WARNING) if fault else "online"
 
     def _go_offline(self, reason: str, level: int) -> str:
+        import wandb
+
+        wandb.teardown()  # forgets the runs that did not begin or end, whose ids would count as in use
         self._mode, self._why_offline, self._level = "offline", reason, level
         return self._mode
 

@@ -125,6 +125,7 @@ class TrialRunner:
         attempt = _Attempt(trial, lease)
         try:
             with lease.kept(_thread.interrupt_main):
+                lease.check()
                 return self._logged_attempt(attempt, attempts.since_failure())
         except AttemptLost:
             return None

@@ -65,14 +65,18 @@ def compose(
 
 
 def planned(
-    loader: ConfigLoader, master: DictConfig, job_overrides: Sequence[Sequence[str]], overrides: Sequence[str]
+    loader: ConfigLoader,
+    master: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    overrides: Sequence[str],
+    known_problems: Sequence[str] = (),
 ) -> sweep.Sweep:
     """The sweep of the trials that the lists of overrides make; raises one `ConfigError` with all that is wrong.
 
     `overrides`: those the user gave, which make the sweep's name.
     """
     composed, problems = compose(loader, master, job_overrides)
-    return sweep.plan(composed, overrides, problems)
+    return sweep.plan(composed, overrides, [*known_problems, *problems])
 
 
 def problems(loader: ConfigLoader, master: DictConfig, arguments: Sequence[str]) -> str:

@@ -13,6 +13,11 @@ log = logging.getLogger(__name__)
 FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "StartTime")
 UNKNOWN = "UNKNOWN"
 IDS_A_COMMAND = 500
+# What squeue shows in place of the state while something is done to a job.
+PASSING = {
+    **{"SIGNALING": "RUNNING", "STAGE_OUT": "COMPLETING", "POWER_UP_NODE": "CONFIGURING"},
+    **dict.fromkeys(("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"), "PENDING"),
+}
 
 WAITING = {
     "Resources": "the nodes are in use; it starts when enough of one is free",
@@ -183,7 +188,7 @@ def _expanded(parts: list[tuple[str, ...]]) -> list[str]:
 
 def _job_state(job_id: str, state: str, reason: str, node: str, started: str, restarts: int) -> JobState:
     """SLURM's many words for nothing become None, and an expected start is no start."""
-    word = state.split(" ")[0]
+    word = PASSING.get(state.split(" ")[0], state.split(" ")[0])
     return JobState(
         job_id=job_id,
         state=word,

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.attempts import Attempts
+from experiments.attempts import Attempts, Cancelled
 from experiments.launch.driver import Board
 from experiments.launch.local import tell_busy, wait_for
 from experiments.launch.pool import Worker, run_all
@@ -36,7 +36,7 @@ class LocalParallelLaunch:
         """Run the trials."""
         sweep, busy = board.sweep, []
         environments = self._environments(pending[0].config["device"])[: len(pending)]
-        log.info("%d workers, each %s", len(environments), _described(environments[0]))
+        log.info("workers: %d, each %s", len(environments), _described(environments[0]))
         folder = sweep.store.sweep(sweep.name) / "logs"
         workers = [Worker(own, folder / f"worker-{number}.log") for number, own in enumerate(environments)]
         with showing(sweep.progress) as progress:
@@ -44,6 +44,8 @@ class LocalParallelLaunch:
             next(shown)
 
             def on_end(trial: Trial, state: str) -> None:
+                if state == "cancelled":
+                    raise Cancelled
                 _tell(trial, state, sweep.store)
                 if state == "busy":
                     busy.append(trial)

@@ -1,4 +1,4 @@
-"""Hydra plugins: a sweeper that makes every combination, and a launcher that runs them as one sweep.
+"""Hydra plugins: a sweeper that makes every combination, and launchers that run them as one sweep.
 
 Importing this module registers them. Hydra accepts plugins only from the package `hydra_plugins`, so this module
 is known there as `hydra_plugins.wush`.
@@ -15,9 +15,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from experiments.launch import driver, grid
+from experiments.launch import grid
+from experiments.launch.choose import carry_out, launcher_problems
 from experiments.sweep import Composed
 
 
@@ -38,10 +39,11 @@ class GridSweeper(Sweeper):
         return [self._launcher.launch(lists, initial_job_idx=0)]
 
 
-class LocalLauncher(Launcher):
-    """Trials one after the other in this process."""
+class _SweepLauncher(Launcher):
+    """Plans the trials, with all that is wrong with them and with the launcher's keys in one error; then runs them."""
 
-    __module__ = "hydra_plugins.wush"
+    def __init__(self, **_: Any) -> None:
+        """The keys are read, and checked, from the config."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context = hydra_context
@@ -49,8 +51,40 @@ class LocalLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         overrides = self._config.hydra.overrides.task
-        outcomes = driver.run(grid.planned(self._context.config_loader, self._config, job_overrides, overrides))
+        node = as_node(self._config.hydra.launcher)
+        wrong = launcher_problems(node)
+        sweep = grid.planned(self._context.config_loader, self._config, job_overrides, overrides, wrong)
+        outcomes = carry_out(sweep, node)
         return [JobReturn(overrides=[outcome.name], status=JobStatus.COMPLETED) for outcome in outcomes]
+
+
+class LocalLauncher(_SweepLauncher):
+    """Trials one after the other in this process."""
+
+    __module__ = "hydra_plugins.wush"
+
+
+class LocalParallelLauncher(_SweepLauncher):
+    """Trials on worker processes of this machine."""
+
+    __module__ = "hydra_plugins.wush"
+
+
+class SlurmLauncher(_SweepLauncher):
+    """Trials as SLURM jobs."""
+
+    __module__ = "hydra_plugins.wush"
+
+
+class PlanLauncher(_SweepLauncher):
+    """No trial: shows what would run."""
+
+    __module__ = "hydra_plugins.wush"
+
+
+def as_node(launcher: DictConfig) -> dict[str, Any]:
+    """A launcher's config as plain values."""
+    return OmegaConf.to_container(launcher, resolve=True)  # type: ignore[return-value]
 
 
 def as_composed(config: DictConfig, hydra_node: DictConfig) -> Composed:
@@ -66,8 +100,8 @@ def _register() -> None:
         namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         namespace.__path__ = []
     namespace.wush = sys.modules["hydra_plugins.wush"] = sys.modules[__name__]  # type: ignore[attr-defined]
-    Plugins.instance().register(GridSweeper)
-    Plugins.instance().register(LocalLauncher)
+    for plugin in (GridSweeper, LocalLauncher, LocalParallelLauncher, SlurmLauncher, PlanLauncher):
+        Plugins.instance().register(plugin)
 
 
 _register()

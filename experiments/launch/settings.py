@@ -110,10 +110,17 @@ class SlurmSettings(_Built):
     @field_validator("signal_before")
     @classmethod
     def _comes_within_the_limit(cls, value: int, info: ValidationInfo) -> int:
-        limit = info.data.get("time", value)
-        minutes = limit if isinstance(limit, int) else _as_minutes(limit)
-        if minutes is not None and value >= minutes * 60:
-            raise ValueError(f"should be less than the time limit, which is {minutes * 60} s")
+        limit = info.data.get("time")
+        if limit is None:  # it is wrong itself
+            return value
+        seconds = 60 * ((limit if isinstance(limit, int) else _as_minutes(limit)) or 0)
+        if value >= seconds:
+            raise ValueError(f"should be less than the time limit, which is {seconds} s")
+        # submitit takes a signal that comes before this for a preemption, which it does not count; SLURM is early by
+        # up to a minute.
+        most = max(seconds // 5, 600) - 60
+        if value > most:
+            raise ValueError(f"should be at most {most} s: a job told earlier queues again without end")
         return value
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import submitit
 from pydantic import BaseModel
 from submitit.core.job_environment import JobEnvironment
+from submitit.core.logger import get_logger
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 
 from experiments.launch.jobs import SlurmAway, call, states
@@ -47,7 +48,7 @@ REMEDIES = (
     (r"feature|unrecognized|Invalid", "extra", "one of the options in it is not right on this cluster"),
 )
 
-# What slurmstepd writes into a job's log when it ends the job: the job's own state is FAILED for want of memory, because
+# What slurmstepd writes into a job's log when it ends the job. For want of memory the job's own state is FAILED only:
 # it is a step of the job that ran out.
 LAST_WORDS = (
     (r"oom-kill event|exceeded memory limit", "OUT_OF_MEMORY"),
@@ -56,6 +57,7 @@ LAST_WORDS = (
     (r"CANCELLED AT .* DUE TO PREEMPTION", "PREEMPTED"),
 )
 TAIL = 1 << 16
+SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
 class SubmissionError(ConfigError):
@@ -134,7 +136,9 @@ class TrialJob:
         pool.interrupt()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, again)
         job_id = JobEnvironment().job_id
-        if states([job_id])[job_id].state == "RUNNING":
+        own = states([job_id])[job_id]
+        get_logger().info("SIGTERM while the job is %s (%s)", own.state, own.reason)
+        if own.state == "RUNNING":
             signal.raise_signal(*again)
         raise SystemExit(1)
 
@@ -267,7 +271,7 @@ def _clean_environment(settings: SlurmSettings) -> Iterator[None]:
     hidden = {
         name: value
         for name, value in os.environ.items()
-        if (name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name != "SLURM_CONF") or name in given
+        if (name.startswith(("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")) and name not in SITE) or name in given
     }
     for name in hidden:
         del os.environ[name]

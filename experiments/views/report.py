@@ -22,6 +22,7 @@ from experiments.views.selection import TELLING, best_trial, comparable, telling
 
 MAX_DETAILS = 100
 MAX_PANELS = 8
+FIRST_ROWS = 500  # of the table, until all are asked for
 
 Read = Callable[[str], Record | None]
 
@@ -57,6 +58,7 @@ def render_report(title: str, outcomes: Sequence[Outcome], read: Read) -> str:
         linked=linked,
         keys=keys,
         columns=COLUMNS,
+        first_rows=FIRST_ROWS,
         rows=table_rows(outcomes, keys, linked),
         reused=any(outcome.earlier for outcome in outcomes),
         panels=drawn,

@@ -45,6 +45,21 @@ def test_a_config_error_is_explained_and_exits_2_before_any_model_loads(
     assert not list(cli.folder.rglob("*.json"))
 
 
+def test_all_that_is_wrong_with_a_sweep_comes_in_one_error(cli: Cli) -> None:
+    failed = cli.run("-m", "format=mxfp4,mxfp5,nvfp5", "transform=hh", "seed=-1,0", "devic=cpu", "quantize.exclude=[1]")
+    assert failed.returncode == 2
+    lines = [line.removeprefix("config error: ").partition(": ")[0] for line in failed.stderr.splitlines()]
+    wrong = ["format=mxfp5", "format=nvfp5", "transform=hh", "devic", "seed=-1", "calibration.seed=-1"]
+    assert sorted(lines) == sorted([*wrong, "quantize.exclude.0=1"])
+    assert not list(cli.folder.iterdir())
+
+
+def test_all_that_is_wrong_with_one_trial_comes_in_one_error(cli: Cli) -> None:
+    failed = cli.run("format=mxfp5", "seed=-1", "devic=cpu")
+    lines = [line.removeprefix("config error: ").partition(": ")[0] for line in failed.stderr.splitlines()]
+    assert sorted(lines) == ["calibration.seed=-1", "devic", "format=mxfp5", "seed=-1"]
+
+
 def test_a_missing_model_fails_its_trial_with_exit_1(cli: Cli) -> None:
     failed = cli.run("model=local", "model.path=./nothing")
     assert failed.returncode == 1
@@ -117,4 +132,4 @@ def test_ctrl_c_exits_at_once_and_finished_trials_stay(cli: Cli) -> None:
     assert "Traceback" not in errors
     assert len(list(cli.folder.rglob("result.json"))) >= 3
     assert _rows_done(cli) >= 3
-    assert next(cli.folder.rglob("report.html")).read_text().count("not run") > 100
+    assert next(cli.folder.rglob("report.html")).read_text().count("queued") > 100

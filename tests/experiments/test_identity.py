@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from experiments.identity import model_identity, trial_id
+from experiments.identity import Identities, model_identity, trial_id
 from tests.experiments.conftest import config
+from wush.texts import EmbeddedText
 
 
 @pytest.mark.parametrize(
     "override",
-    ["tracking=wandb", "device=auto", "progress=lines", "results=elsewhere", "sweep=mine"],
+    [
+        *("tracking=wandb", "device=auto", "progress=lines", "results=elsewhere", "sweep=mine", "keep_blocks=true"),
+        *("calibration.batch_size=1", "evaluation.batch_size=8"),
+    ],
 )
 def test_how_and_where_a_trial_runs_is_no_part_of_its_id(override: str) -> None:
     assert trial_id(config(override)) == trial_id(config())
@@ -77,3 +81,15 @@ def test_a_models_files_are_read_once_while_they_stay_the_same(tmp_path: Path, m
     before = model_identity(node)
     monkeypatch.setattr("hashlib.file_digest", None)
     assert model_identity(node) == before
+
+
+def test_configs_that_share_a_text_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    text = EmbeddedText.text
+    monkeypatch.setattr(EmbeddedText, "text", lambda self: calls.append(self.part) or text(self))
+    identities = Identities()
+    configs = [config(f"seed={seed}", f"calibration.batch_size={1 + seed}") for seed in range(3)]
+    parts = [identities.identity(one) for one in configs]
+    assert sorted(calls) == ["calibration", "evaluation"]
+    assert len({one["calibration"]["sha256"] for one in parts}) == 1
+    assert [one["calibration"]["seed"] for one in parts] == [0, 1, 2]

@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 
 from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
+from experiments.store import DamagedRecord, ResultStore
 from experiments.views.report import render_report
 from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
+from experiments.views.selection import telling
+from experiments.views.summary import summarize, tabulate, to_markdown
 
 BLOCKS = 30
 START = datetime(2025, 11, 22, 15, 0, tzinfo=UTC)
@@ -253,6 +256,123 @@ def test_at_most_24_curves_are_drawn_and_the_page_says_so() -> None:
     assert set(drawn) == {f"mxfp4 r {i}" for i in range(6, 30)}
 
 
+def test_a_trial_that_runs_or_waits_shows_how_far_it_is() -> None:
+    running = replace(failed(), running=True, detail="block 3 of 30, 2 min left")
+    queued = Outcome("e" * 16, "int4 h", {"format": "int4"}, detail="job 12 waits for a node")
+    html = render("grid", [running, queued, *sweep()[1:]])
+    assert "7 trials: 5 done, 0 failed, 1 running, 1 queued" in html
+    assert [re.search('data-status="(.*?)"', row)[1] for row in rows(html)[:2]] == ["running", "queued"]  # type: ignore[index]
+    assert [cells(row)[4] for row in rows(html)[:2]] == ["block 3 of 30, 2 min left", "job 12 waits for a node"]
+    assert REASON not in html
+
+
+def test_advice_stands_next_to_the_reason_of_a_failure() -> None:
+    one = failed()
+    assert one.failure
+    advised = replace(one, failure=one.failure.model_copy(update={"reason": "out of memory", "advice": "use less"}))
+    html = render("grid", [advised])
+    assert cells(rows(html)[0])[4] == "out of memory; use less"
+    assert "<dt>Advice</dt><dd>use less</dd>" in html
+    assert to_markdown("grid", tabulate([advised])).endswith(f"{'f' * 16} failed: out of memory; use less |\n")
+
+
+def test_a_record_that_cannot_be_read_any_more_is_said_to_be_so() -> None:
+    def damaged(_: str) -> Record:
+        raise DamagedRecord("its result.json is damaged")
+
+    html = render_report("grid", sweep(), damaged)
+    assert html.count("its result.json is damaged") == 5
+    assert "no longer there" in render_report("grid", sweep(), lambda _: None)
+
+
+# --- many trials
+
+
+def many(count: int) -> list[Outcome]:
+    """Trials of four lanes, of which every fiftieth failed."""
+    found = []
+    for i in range(count):
+        one = quantized(("mxfp4", "nvfp4")[i % 2], ("h", "wush")[i // 2 % 2], 15 + i * 7 % 1000 / 20, 0.3, 0.1)
+        labels = {**one.labels, "calibration.seed": str(i // 4)}
+        trial_id = f"{i:016x}"
+        if i % 50 == 49:
+            failure = Failure(
+                trial_id=trial_id, reason="no memory", kind="E", host="h", environment={}, failed_at=START
+            )
+            found.append(Outcome(trial_id, f"trial {i}", labels, failure=failure, config=CONFIG))
+        else:
+            assert one.result
+            result = replace(one.result, trial_id=trial_id)
+            found.append(Outcome(trial_id, f"trial {i}", labels, result, config=CONFIG))
+    return found
+
+
+def test_of_many_trials_every_one_has_a_row_and_some_have_details_and_marks() -> None:
+    outcomes = many(1500)
+    read = []
+    html = render_report("grid", outcomes, lambda trial_id: read.append(trial_id))  # type: ignore[func-returns-value]
+    assert len(rows(html)) == 1500
+    assert html.count("<details ") == 100
+    assert len(read) == 100 - 30  # only the records of trials whose details are shown
+    assert "100 of 1,500 trials have their details here" in html
+    assert html.count('class="mark') == 2 * 500
+    assert "500 of 1,470 trials: the least, the greatest" in html
+    linked = set(re.findall(r'href="#(trial-\w+)"', html))
+    assert linked <= set(re.findall(r'<details id="(trial-\w+)"', html))
+    assert len(html) < 1500 * 600 + 1_000_000
+
+
+def test_details_are_of_the_failed_and_then_of_the_best() -> None:
+    html = render("grid", many(1500))
+    shown = re.findall(r'<span class="state \w+">(\w+)</span></summary>', html)
+    assert shown == ["failed"] * 30 + ["done"] * 70
+    perplexity = {f"trial {i}": 15 + i * 7 % 1000 / 20 for i in range(1500)}
+    names = re.findall(r'<span class="name">(.*?)</span>', html)[30:]
+    assert [perplexity[name] for name in names] == sorted(
+        perplexity[f"trial {i}"] for i in range(1500) if i % 50 != 49
+    )[:70]
+
+
+def test_failed_trials_leave_half_of_the_places_to_others() -> None:
+    outcomes = many(60)
+    failures = [replace(one, result=None, failure=outcomes[49].failure) for one in outcomes[:30]]
+    states = [one.state for one in telling([*failures, *outcomes[30:49]], 20)]
+    assert states == ["failed"] * 10 + ["done"] * 10
+    assert [one.state for one in telling([*failures, *outcomes[30:33]], 20)] == ["failed"] * 17 + ["done"] * 3
+    running = replace(failures[0], running=True)
+    assert telling([*outcomes[:40], running], 20)[0] is running
+    assert telling(outcomes, 60) is outcomes
+
+
+def test_of_a_lane_with_many_trials_the_extreme_ones_are_drawn() -> None:
+    html = render("grid", many(1500))
+    plot = re.search(r"<svg.*?</svg>", html[html.index("Perplexity<") :], re.S)
+    lowest = min(15 + i * 7 % 1000 / 20 for i in range(1500) if i % 50 != 49)
+    assert plot
+    assert f": {lowest:.2f}</title>" in plot[0]
+
+
+def test_panels_are_bounded_and_the_page_says_so() -> None:
+    others = [quantized("mxfp4", "h", 9.0, 0.1, 0.1, model=f"model{i}") for i in range(12)]
+    html = render("grid", others)
+    assert len(re.findall(r"<h3>", html)) == 2 * 8
+    assert "The first 8 of 12 pairs of model and evaluation text are plotted" in html
+
+
+def test_a_long_table_is_shown_in_part_on_a_terminal_and_whole_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ResultStore(tmp_path)
+    store.sweep("grid").mkdir(parents=True)
+    summarize("grid", many(100), store)
+    shown = capsys.readouterr().out
+    assert shown.count(" trial ") == 0
+    assert len(re.findall(r"^ (?:mxfp4|nvfp4) .*$", shown, re.M)) == 40
+    assert re.search(r"40 of 100 trials: the failed, then the running.*all are in .*table.md", shown)
+    assert "98 of 100 trials done, 2 failed" in shown
+    assert (store.sweep("grid") / "table.md").read_text().count("\n| ") == 101
+
+
 def test_importing_the_report_does_not_import_torch() -> None:
     code = "import sys, experiments.views.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -375,6 +495,28 @@ def test_a_header_sorts_by_number_and_then_in_reverse_with_the_failed_trial_last
     button.click()
     assert column(page, "Perplexity") == ["27.00", "20.00", "19.10", "17.50", "14.05", "failed"]
     assert header(page, "Perplexity").get_attribute("aria-sort") == "descending"
+
+
+@pytest.mark.browser
+def test_of_a_long_table_the_first_rows_of_any_order_are_shown_until_all_are_asked_for(
+    page: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "many.html"
+    file.write_text(render("grid", many(1500)), encoding="utf-8")
+    page.get(file.as_uri())
+    visible = "return [...document.querySelectorAll('#trials tbody tr')].filter(row => row.checkVisibility()).length"
+    assert page.execute_script(visible) == 500
+    header(page, "Perplexity").find_element("tag name", "button").click()
+    assert page.execute_script(visible) == 500
+    values = [float(text) for text in column(page, "Perplexity") if text != "failed"]
+    assert values == sorted(values)
+    assert len(values) == 1470
+    assert column(page, "Perplexity")[1470:] == ["failed"] * 30
+    button = page.find_element("css selector", "#more button")
+    assert button.text == "Show all 1,500"
+    button.click()
+    assert page.execute_script(visible) == 1500
+    assert not button.is_displayed()
 
 
 @pytest.mark.browser

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.records import SCHEMA_VERSION, Failure, Metrics, Record, Stage, now
+from experiments.records import SCHEMA_VERSION, Block, Data, Failure, Layer, Metrics, Record, Result, Stage, now
 from experiments.schema import ConfigError
 from experiments.store import DamagedRecord, ResultStore, write_atomically
 
@@ -162,3 +162,73 @@ def test_rows_come_in_the_order_asked_for_and_only_for_finished_trials(tmp_path:
 def test_records_are_plain_json(tmp_path: Path) -> None:
     store = stored(tmp_path, record("a1"))
     assert json.loads((store.trial("a1") / "result.json").read_text())["metrics"]["kl"] == 0.1
+
+
+def whole(trial_id: str) -> Record:
+    """A record with everything that a result takes from it."""
+    layers = [Layer(name="mlp.up_proj", shared_input=["mlp.up_proj"], bits_per_weight=4.25, weights=10)]
+    blocks = [
+        Block(index=i, name=f"model.layers.{i}", mse=0.5, relative_mse=0.1 / (i + 1), seconds=1.0, layers=layers)
+        for i in range(3)
+    ]
+    data = {"evaluation": Data(text_sha256="a" * 64, ids_sha256="b" * 64, tokens=64)}
+    return record(trial_id).model_copy(update={"blocks": blocks, "data": data, "attempts": 3, "restored_blocks": 2})
+
+
+def test_results_read_in_bulk_are_those_of_the_records_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [f"{i:016x}" for i in range(7)]
+    records = [whole(trial_id) if i % 2 else record(trial_id, i / 10) for i, trial_id in enumerate(ids)]
+    store = stored(tmp_path, *records)
+    monkeypatch.setattr("experiments.query.FILES_AT_ONCE", 3)
+    monkeypatch.setattr(ResultStore, "record", None)  # every one is read by the query
+    asked = [*reversed(ids), "0" * 15 + "f"]
+    found = store.results(asked)
+    assert list(found.values()) == [Result.of(one) for one in reversed(records)]
+    assert store.results([]) == {}
+
+
+def test_a_record_of_before_attempts_were_counted_has_one(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1"))
+    path = store.trial("a1") / "result.json"
+    content = json.loads(path.read_text())
+    del content["attempts"], content["restored_blocks"]
+    path.write_text(json.dumps(content))
+    assert (store.results(["a1"])["a1"].attempts, store.results(["a1"])["a1"].restored_blocks) == (1, 0)
+    assert store.results(["a1"])["a1"] == Result.of(store.record("a1") or record(""))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": 3}', b"KEEP\x00", b"WITHOUT metrics"]
+)
+@pytest.mark.parametrize("mend", [True, False])
+def test_a_damaged_record_among_many_costs_no_other_its_result(
+    content: bytes, mend: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored(tmp_path, record("a1"), record("b2"), record("c3"))
+    path = store.trial("b2") / "result.json"
+    if content == b"WITHOUT metrics":
+        content = path.read_bytes().replace(b'"kl": 0.1', b'"kl": null')
+    elif content == b"KEEP\x00":
+        content = path.read_bytes()[:-40]
+    path.write_bytes(content)
+    assert list(store.results(["a1", "b2", "c3"], mend=mend)) == ["a1", "c3"]
+    assert "trial b2: its result.json is damaged" in caplog.text
+    aside = list(path.parent.glob("result.damaged-*.json"))
+    assert [one.read_bytes() for one in (aside if mend else [path])] == [content]
+    assert path.exists() is not mend
+
+
+def test_records_of_another_schema_version_are_all_named(tmp_path: Path) -> None:
+    store = stored(tmp_path, record("a1"), record("b2"), record("c3"))
+    for trial_id in ("a1", "c3"):
+        path = store.trial(trial_id) / "result.json"
+        path.write_text(path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 2'))
+    with pytest.raises(ConfigError) as raised:
+        store.results(["a1", "b2", "c3"], mend=True)
+    assert [line.partition(": ")[0][-14:] for line in str(raised.value).splitlines()] == [
+        "a1/result.json",
+        "c3/result.json",
+    ]
+    assert len(list(tmp_path.rglob("result.json"))) == 3

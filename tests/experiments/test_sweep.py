@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 import wush
 import wush.models
 from experiments import sweep
+from experiments.attempts import Attempt, Attempts, Lease
 from experiments.launch import driver
+from experiments.launch.choose import carry_out
 from experiments.records import SCHEMA_VERSION, Failure, Outcome, Record
 from experiments.schema import ConfigError, TrialConfig
 from experiments.store import ResultStore
@@ -27,6 +30,11 @@ from tests.experiments.conftest import Cli, composed, config
 from wush.texts import TextWindows
 
 FOUR = ("-m", "format=mxfp4,nvfp4", "transform=h,wush")
+
+
+def run(planned: sweep.Sweep) -> Sequence[Outcome]:
+    """The sweep run in this process."""
+    return carry_out(planned, {"_target_": "hydra_plugins.wush.LocalLauncher", "busy": "wait"})
 
 
 def records(cli: Cli) -> list[Record]:
@@ -97,7 +105,9 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert record.metrics.predictions == 2 * 31
     assert record.model_revision is None
     folder = ResultStore(cli.folder / "results").trial(record.trial_id)
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "environment.json", "result.json", "trial.log"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("attempts", "config.yaml", "environment.json", "result.json", "trial.log")
+    }
 
 
 def test_a_trial_gives_the_numbers_of_the_library_called_by_hand(cli: Cli) -> None:
@@ -175,7 +185,7 @@ def test_a_full_disk_fails_the_trial_and_leaves_no_record(tmp_path: Path, monkey
 
     monkeypatch.setattr(ResultStore, "finish", full_disk)
     with pytest.raises(driver.SweepFailed):
-        driver.run(planned)
+        run(planned)
     assert not list(tmp_path.rglob("result.json"))
     assert "No space left on device" in next(tmp_path.rglob("failure.json")).read_text()
 
@@ -195,6 +205,35 @@ def test_the_same_trial_twice_in_a_sweep_is_run_once() -> None:
         )
         == 2
     )
+
+
+def test_batch_sizes_make_no_trial_of_their_own_and_no_label(caplog: pytest.LogCaptureFixture) -> None:
+    configs = [composed(f"calibration.batch_size={n}", f"evaluation.batch_size={2 * n}") for n in (1, 2, 4)]
+    with caplog.at_level(logging.INFO):
+        (trial,) = sweep.plan(configs, []).trials
+    assert "2 configs are the same trial as another one" in caplog.text
+    assert trial.config["calibration"]["batch_size"] == 1
+    assert set(trial.labels) == {"model", "format", "transform", "algorithm"}
+
+
+def test_problems_met_while_composing_come_with_all_others_each_once() -> None:
+    configs = [composed(f"device={d}", f"seed={s}") for d, s in (("x", 0), ("x", 1), ("cpu", 2), ("auto", 3))]
+    with pytest.raises(ConfigError) as raised:
+        sweep.plan(configs, [], ["formt: unknown key", "formt: unknown key"])
+    lines = str(raised.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["formt", "device=x", "device=cpu,auto"]
+    with pytest.raises(ConfigError, match="formt: unknown key"):
+        sweep.plan([], [], ["formt: unknown key"])
+
+
+def test_a_text_that_is_not_there_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[Path] = Counter()
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: calls.update([path]) or path.read_bytes().decode())
+    configs = [composed("evaluation=text", f"evaluation.path={tmp_path / 'no'}", f"seed={s}") for s in range(3)]
+    with pytest.raises(ConfigError, match="No such file") as raised:
+        sweep.plan(configs, [])
+    assert len(str(raised.value).splitlines()) == 1
+    assert calls == {tmp_path / "no": 1}
 
 
 def test_labels_are_the_choices_and_what_differs() -> None:
@@ -244,7 +283,7 @@ def test_a_text_edited_after_planning_fails_its_trial(tmp_path: Path) -> None:
     planned = sweep.plan([composed(f"results={tmp_path}", "evaluation=text", f"evaluation.path={text}")], [])
     text.write_text("Another plain text. " * 50)
     with pytest.raises(driver.SweepFailed):
-        driver.run(planned)
+        run(planned)
     assert not list(tmp_path.rglob("result.json"))
     reason = json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"]
     assert reason == "evaluation: the text changed since the sweep was planned; start it again"
@@ -252,7 +291,7 @@ def test_a_text_edited_after_planning_fails_its_trial(tmp_path: Path) -> None:
 
 def test_a_gpu_that_is_not_there_is_a_config_error_before_any_trial(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"device=cuda:99: this machine has .* set device=cpu"):
-        driver.run(sweep.plan([composed(f"results={tmp_path}", "device=cuda:99")], []))
+        run(sweep.plan([composed(f"results={tmp_path}", "device=cuda:99")], []))
     assert not list((tmp_path / "trials").iterdir())
 
 
@@ -262,7 +301,7 @@ def test_a_failure_before_any_work_is_stored_too(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("experiments.environment.describe", broken)
     with pytest.raises(driver.SweepFailed):
-        driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
+        run(sweep.plan([composed(f"results={tmp_path}")], []))
     assert json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"] == "driver too old"
 
 
@@ -299,7 +338,7 @@ def test_each_original_is_loaded_cut_and_evaluated_once_a_sweep(
     configs = [
         composed(f"results={tmp_path}", "device=cpu", f"format={fmt}", f"model.seed={seed}") for fmt, seed in grid
     ]
-    outcomes = driver.run(sweep.plan(configs, []))
+    outcomes = run(sweep.plan(configs, []))
     assert [(o.labels["format"], o.labels["model.seed"]) for o in outcomes] == [(f, str(s)) for f, s in grid]
     assert calls == {"load": 2, "cut": 4, "states": 2}
 
@@ -307,12 +346,20 @@ def test_each_original_is_loaded_cut_and_evaluated_once_a_sweep(
 def test_a_trial_that_another_process_finished_meanwhile_is_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (done,) = driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
-    answers = iter([None, done.record])
-    monkeypatch.setattr(ResultStore, "finished", lambda *_: next(answers))
-    monkeypatch.setattr(TrialRunner, "run", None)
-    (again,) = driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
-    assert again.record == done.record
+    planned = sweep.plan([composed(f"results={tmp_path}")], [])
+    (done,) = run(planned)
+    path = planned.store.trial(done.trial_id) / "result.json"
+    path.rename(path.with_name("kept.json"))
+    claim = Attempts.claim
+
+    def finished_first(self: Attempts, name: str) -> Lease | Attempt:
+        path.with_name("kept.json").rename(path)
+        return claim(self, name)
+
+    monkeypatch.setattr(Attempts, "claim", finished_first)
+    monkeypatch.setattr(TrialRunner, "_attempt", None)
+    (again,) = run(planned)
+    assert again.result == done.result
     assert not again.earlier
 
 
@@ -320,7 +367,7 @@ def test_a_metric_that_is_not_finite_fails_the_trial(tmp_path: Path, monkeypatch
     found = wush.Evaluation(perplexity=math.inf, perplexity_original=2.0, kl=1.0, top1=0.5, predictions=62)
     monkeypatch.setattr("wush.evaluate", lambda *_, **__: found, raising=False)
     with pytest.raises(driver.SweepFailed):
-        driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
+        run(sweep.plan([composed(f"results={tmp_path}")], []))
     assert "perplexity is inf" in json.loads(next(tmp_path.rglob("failure.json")).read_text())["reason"]
 
 
@@ -329,33 +376,34 @@ def test_a_failed_trial_has_its_config_and_environment(tmp_path: Path, monkeypat
     monkeypatch.setattr(driver, "summarize", lambda _, outcomes, __: seen.extend(outcomes))
     planned = sweep.plan([composed(f"results={tmp_path}", "model.hidden_size=40")], [])
     with pytest.raises(driver.SweepFailed):
-        driver.run(planned)
+        run(planned)
     assert seen[0].config == planned.trials[0].config
-    assert {"host", "platform", "processor", "cores", "threads", "device"} <= set(seen[0].environment)
+    assert seen[0].failure
+    assert {"host", "platform", "processor", "cores", "threads", "device"} <= set(seen[0].failure.environment)
 
 
 def test_the_table_and_report_are_written_after_each_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = sweep.plan([composed(f"results={tmp_path}", f"format={fmt}") for fmt in ("mxfp4", "int4")], [])
-    run = TrialRunner.run
+    run_one = TrialRunner.run
 
-    def second_is_interrupted(self: TrialRunner, trial: Trial) -> Record | Failure:
+    def second_is_interrupted(self: TrialRunner, trial: Trial) -> Record | Failure | Attempt:
         if trial == planned.trials[1]:
             raise KeyboardInterrupt
-        return run(self, trial)
+        return run_one(self, trial)
 
     monkeypatch.setattr(TrialRunner, "run", second_is_interrupted)
     with pytest.raises(KeyboardInterrupt):
-        driver.run(planned)
+        run(planned)
     first, second = next(tmp_path.rglob("table.md")).read_text().splitlines()[-2:]
     assert "%" in first
-    assert "not run yet" in second
-    assert "1 done, 0 failed, 1 not run" in next(tmp_path.rglob("report.html")).read_text()
+    assert "queued" in second
+    assert "1 done, 0 failed, 1 queued" in next(tmp_path.rglob("report.html")).read_text()
 
 
 def test_a_table_that_cannot_be_written_is_shown_first_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = driver.run(sweep.plan([composed(f"results={tmp_path}")], []))
+    outcomes = run(sweep.plan([composed(f"results={tmp_path}")], []))
     capsys.readouterr()
 
     def full_disk(_: int) -> None:
@@ -384,6 +432,7 @@ def test_show_leaves_a_damaged_or_foreign_record_where_it_is(cli: Cli) -> None:
 def test_sweep_names_come_from_the_overrides_that_matter() -> None:
     assert sweep.sweep_name(["format=mxfp4,nvfp4", "transform=h", "progress=bars"]) == "format-mxfp4+nvfp4_transform-h"
     assert sweep.sweep_name(["tracking=wandb", "hydra/launcher=local"]) == "default"
+    assert sweep.sweep_name(["calibration.batch_size=1,2", "calibration.seed=1"]) == "calibration.seed-1"
     long = [sweep.sweep_name([f"seed={','.join(map(str, range(n)))}"]) for n in (200, 201)]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 80

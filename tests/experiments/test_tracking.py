@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 
 from experiments.records import Block
-from experiments.tracking import WandbTracking
 from experiments.trial import _logged
-from tests.experiments.conftest import ROOT, Cli, config, environment
+from tests.experiments.conftest import ROOT, Cli, environment
 from tests.experiments.test_store import record
 from tests.experiments.wandb_server import Fault, serving
 
@@ -100,13 +99,12 @@ def test_a_trial_is_one_run_with_its_config_series_and_metrics(cli: Cli) -> None
     assert done.stderr.count(f"wandb sync {cli.folder}/results/wandb/offline-run-*") == 1
 
 
-def test_a_sweep_says_once_how_to_upload_and_which_trials_are_not_logged_again(cli: Cli) -> None:
+def test_a_sweep_says_once_how_to_upload_and_does_not_log_a_done_trial_again(cli: Cli) -> None:
     cli.small("tracking=wandb", "format=mxfp4", HOME=str(cli.folder))
-    done = next(cli.folder.rglob("result.json")).parent.name
     both = cli.small("-m", "tracking=wandb", "format=mxfp4,nvfp4,int4", HOME=str(cli.folder))
     assert both.stderr.count("wandb sync") == 1
-    assert re.findall(r"trial (\w+): already done, not logged again", both.stderr) == [done]
-    assert len(runs(cli.folder)) == 3
+    logged = [field(messages, "run")[0].run_id for messages in runs(cli.folder)]
+    assert len(logged) == len(set(logged)) == 3
 
 
 def test_a_baselines_run_names_only_what_it_uses(cli: Cli) -> None:
@@ -131,23 +129,6 @@ def test_a_failed_trial_marks_its_run_failed_with_the_reason(cli: Cli) -> None:
     assert summary["status"] == "failed"
     assert "not a multiple of the group size" in summary["reason"]
     assert field(messages, "exit")[0].exit_code == 1
-
-
-def test_a_client_that_raises_is_a_warning_and_the_trial_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import wandb
-
-    def down(**_: object) -> None:
-        raise wandb.errors.CommError("server down")
-
-    monkeypatch.setattr(wandb, "init", down)
-    tracking = WandbTracking("wush", None, "offline")
-    tracking.start("abc123", CHOICES, config(), "sweep", tmp_path)
-    tracking.block(Block(index=0, name="b", mse=1.0, relative_mse=0.1, seconds=1.0, layers=[]))
-    tracking.finish(record("abc123"))
-    assert caplog.text.count("this trial goes on untracked") == 1
-    assert "server down" in caplog.text
 
 
 # --- attempts of one trial, each in a process of its own, as a requeued job has them
@@ -263,20 +244,20 @@ def test_an_interrupted_attempt_is_preempted_in_its_offline_file_too(tmp_path: P
 # --- a server that is ill
 
 
-@pytest.mark.parametrize("mode", ["auto", "online"])
 @pytest.mark.parametrize(
-    ("fault", "healthy", "said", "bound"),
+    ("mode", "fault", "healthy", "said", "bound"),
     [
-        ("closed", False, "Connection refused", 5),
-        ("silent", False, "does not answer", 8),
-        (500, False, "HTTP 500", 5),
-        (401, False, "error 401", 6),
-        ("silent", True, "deadline exceeded", 12),
-        (500, True, "HTTP 500", 12),
+        ("auto", "closed", False, "Connection refused", 5),
+        ("online", "closed", False, "Connection refused", 5),
+        ("auto", "silent", False, "does not answer", 8),
+        ("auto", 500, False, "HTTP 500", 5),
+        ("auto", 401, False, "error 401", 6),
+        ("auto", "silent", True, "deadline exceeded", 15),
+        ("online", 500, True, "HTTP 500", 15),
     ],
 )
 def test_a_server_that_does_not_serve_costs_seconds_and_no_data(
-    fault: Fault, healthy: bool, said: str, bound: float, mode: str, tmp_path: Path
+    mode: str, fault: Fault, healthy: bool, said: str, bound: float, tmp_path: Path
 ) -> None:
     with serving(None if fault == "closed" else fault, healthy) as server:
         url = f"http://127.0.0.1:{closed_port()}" if fault == "closed" else server.url
@@ -301,7 +282,7 @@ def test_a_server_that_dies_during_a_trial_costs_seconds_and_what_is_missing_can
         server.fault = fault
         began = time.monotonic()
         _, said = process.communicate("\n", timeout=60)
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 15
     assert said.count("WARNING W&B: the server took more than") == 1
     with serving() as server:
         pasted(said, tmp_path, server.url)
@@ -309,16 +290,17 @@ def test_a_server_that_dies_during_a_trial_costs_seconds_and_what_is_missing_can
         assert server.summary["status"] == "done"
 
 
-def test_trials_after_one_whose_server_died_do_not_wait_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("next_trial", ["def456", "abc123"])
+def test_a_trial_after_one_whose_server_died_is_offline_at_once(next_trial: str, tmp_path: Path) -> None:
     with serving() as server:
-        process = begin(tmp_path / "r", server.url, "0", trials="abc123,def456")
+        process = begin(tmp_path / "r", server.url, "0", trials=f"abc123,{next_trial}")
         assert process.stdout is not None
         process.stdout.readline()
         server.fault = "silent"
         began = time.monotonic()
         _, said = process.communicate("\n\n", timeout=60)
-    assert time.monotonic() - began < 12
-    assert [field(messages, "run")[0].run_id for messages in runs_offline(tmp_path / "r")] == ["def456"]
+    assert time.monotonic() - began < 15
+    assert [field(messages, "run")[0].run_id for messages in runs_offline(tmp_path / "r")] == [next_trial]
     assert "W&B is offline (the server took more than" in said
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from experiments.records import Metrics
 from experiments.tracking import WandbTracking
@@ -81,6 +82,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     tracking.start("abc123", CHOSEN, config(), "sweep-a", tmp_path)
     tracking.block(a_block(0))
     tracking.finish(record("abc123"))
+    wandb.teardown()  # writes what is not in the file yet
     (messages,) = runs(tmp_path)
     return messages
 

@@ -46,6 +46,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 MaxArraySize={max_array_size}
+FirstJobId={first_job_id}
 MinJobAge={min_job_age}
 KillWait=2
 CompleteWait=0
@@ -124,6 +125,8 @@ class Cluster:
             **{name: _free_port() for name in ("ctld_port", "slurmd_port", "dbd_port", "sql_port")},
             **{"folder": folder, "user": USER, "host": platform.node(), "max_array_size": MAX_ARRAY_SIZE},
             "min_job_age": min_job_age,
+            # Clusters of other test processes use the same cgroups, which go by the number of the job.
+            "first_job_id": 100_000 + 1000 * secrets.randbelow(60_000),
         }
         self._conf = CTLD + (CGROUPS if cgroups else POLLING) + (ACCOUNTING if accounting else "")
         self._daemons: list[subprocess.Popen[bytes]] = []

@@ -1,0 +1,202 @@
+"""Following and steering sweeps from another process: status, wait, logs, cancel, retry."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.attempts import Attempts
+from experiments.store import ResultStore
+from tests.experiments.conftest import ROOT, SMALL, Cli, environment
+from tests.experiments.test_pool import wait_until
+
+DEEP = "model.layers=200"  # takes long enough to be looked at
+
+
+@pytest.fixture
+def drivers() -> Iterator[list["subprocess.Popen[str]"]]:
+    """Processes that run sweeps; none outlives its test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def start(cli: Cli, *arguments: str) -> "subprocess.Popen[str]":
+    given = {argument.partition("=")[0] for argument in arguments}
+    defaults = [default for default in SMALL if default.partition("=")[0] not in given]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "-m", *arguments, *defaults],
+        cwd=cli.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # some shells ignore it
+    )
+
+
+def blocks(cli: Cli) -> int:
+    return len(list(cli.folder.rglob("blocks/*.safetensors")))
+
+
+def status(cli: Cli, *arguments: str) -> dict[str, Any]:
+    return json.loads(cli.experiments("status", "--json", *arguments).stdout or '{"trials": []}')  # none planned yet
+
+
+def states(cli: Cli, *arguments: str) -> list[str]:
+    return [trial["state"] for trial in status(cli, *arguments)["trials"]]
+
+
+def test_a_running_sweep_is_seen_from_another_process(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
+    drivers.append(start(cli, "sweep=mine", DEEP, "seed=0,1"))
+    wait_until(lambda: blocks(cli) >= 3)
+    wait_until(lambda: status(cli, "mine")["trials"][0]["left"] is not None)
+    first, second = status(cli, "mine")["trials"]
+    assert (first["state"], second["state"]) == ("running", "queued")
+    assert re.fullmatch(r"decoder blocks \d+ of 200", first["progress"])
+    assert first["job"].startswith("pid ")
+    assert 0 < first["seconds"] < 120
+    assert first["left"] > 0
+    assert "relative error" in first["note"]
+    shown = cli.experiments("status", "mi")
+    assert shown.returncode == 3
+    assert "0 of 2 trials done, 1 running, 1 queued" in shown.stdout
+    followed = cli.experiments("logs", "mine")
+    assert first["trial_id"] in followed.stdout
+
+
+def test_a_killed_driver_leaves_stopped_trials_and_retry_finishes_them(
+    cli: Cli, drivers: list["subprocess.Popen[str]"]
+) -> None:
+    drivers.append(start(cli, "sweep=mine", "model.layers=40", "seed=0,1"))
+    wait_until(lambda: blocks(cli) >= 3)
+    drivers[0].kill()
+    drivers[0].wait()
+    saved = blocks(cli)
+    assert states(cli) == ["stopped", "stopped"]
+    shown = cli.experiments("status")
+    assert shown.returncode == 1
+    assert "is gone" in shown.stdout
+    retried = cli.experiments("retry", "mine")
+    assert retried.returncode == 0, retried.stderr
+    assert states(cli) == ["done", "done"]
+    interrupted = status(cli)["trials"][0]
+    assert interrupted["interruptions"] == 1
+    record = ResultStore(cli.folder / "results").record(interrupted["trial_id"])
+    assert record is not None
+    assert record.restored_blocks == saved
+    assert cli.experiments("status").returncode == 0
+
+
+def test_cancel_stops_a_sweep_and_retry_goes_on(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
+    drivers.append(start(cli, "sweep=mine", DEEP, "seed=0,1"))
+    wait_until(lambda: blocks(cli) >= 3)
+    cancelled = cli.experiments("cancel")
+    assert cancelled.returncode == 0, cancelled.stderr
+    assert "1 processes of this machine told to stop" in cancelled.stdout
+    output, _ = drivers[0].communicate(timeout=30)
+    assert drivers[0].returncode == 130, output
+    assert states(cli) == ["stopped", "stopped"]
+    assert status(cli)["trials"][0]["reason"] == "cancelled"
+    drivers.append(start(cli, "sweep=mine", DEEP, "seed=0,1"))
+    wait_until(lambda: "running" in states(cli))
+
+
+def test_two_processes_with_the_same_sweep_run_each_trial_once(
+    cli: Cli, drivers: list["subprocess.Popen[str]"]
+) -> None:
+    sweep = ("model.layers=12", "seed=0,1,2,3")
+    drivers += [start(cli, "sweep=one", *sweep), start(cli, "sweep=two", *sweep)]
+    outputs = [driver.communicate(timeout=120)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], outputs
+    assert all("4 of 4 trials done" in output for output in outputs)
+    store = ResultStore(cli.folder / "results")
+    ran = [attempt for trial in store.ids() for attempt in Attempts(store, trial).all() if attempt.total]
+    assert len(ran) == 4
+    assert len({attempt.owner.pid for attempt in ran}) <= 2
+
+
+def test_a_trial_that_runs_elsewhere_can_be_skipped(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
+    drivers.append(start(cli, "sweep=theirs", DEEP))
+    wait_until(lambda: blocks(cli) >= 1)
+    skipped = cli.small(DEEP, "sweep=mine", "hydra.launcher.busy=skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "running already in sweep theirs" in skipped.stderr
+    assert "1 running" in skipped.stdout
+
+
+def test_a_trial_is_taken_over_from_a_process_that_dies(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
+    drivers.append(start(cli, "sweep=theirs", "model.layers=60"))
+    wait_until(lambda: blocks(cli) >= 1)
+    drivers.append(start(cli, "sweep=mine", "model.layers=60"))
+    wait_until(lambda: states(cli, "mine") == ["running"])
+    drivers[0].kill()
+    output, _ = drivers[1].communicate(timeout=120)
+    assert drivers[1].returncode == 0, output
+    (trial,) = status(cli, "mine")["trials"]
+    assert (trial["state"], trial["interruptions"]) == ("done", 1)
+
+
+def test_a_failed_trial_says_why_and_its_log_is_shown(cli: Cli) -> None:
+    cli.small("-m", "sweep=mine", "model.hidden_size=64,40", "model.heads=4")
+    shown = cli.experiments("status")
+    assert shown.returncode == 1
+    assert "1 of 2 trials done, 1 failed" in shown.stdout
+    assert "not a multiple of the group size" in " ".join(shown.stdout.split())
+    trial = next(one for one in status(cli)["trials"] if one["state"] == "failed")
+    whole = cli.experiments("logs", "mine", trial["trial_id"][:6])
+    assert "Traceback" in whole.stdout
+    again = cli.experiments("retry", "mine")
+    assert again.returncode == 1
+    assert "1 of 2 trials already done" in again.stderr
+
+
+def test_wait_ends_with_the_sweep_and_its_table(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
+    drivers.append(start(cli, "sweep=mine", "model.layers=60"))
+    wait_until(lambda: blocks(cli) >= 1)
+    waited = cli.experiments("wait")
+    assert waited.returncode == 0, waited.stderr
+    assert "0 of 1 trials done, 1 running" in waited.stdout
+    assert "1 of 1 trials done" in waited.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "other"], "no sweep 'other' in"),
+        (["logs", "mine", "zzz"], "zzz: 0 trials of sweep mine begin so"),
+        (["retry", "mine", "workers=0", "--launcher", "local_parallel"], "hydra.launcher.workers=0: input should be"),
+        (["retry", "mine", "tim=3"], "hydra.launcher.tim: unknown key"),
+        (["retry", "mine", "--launcher", "lokal"], "there are: local, local_parallel, slurm"),
+    ],
+)
+def test_what_is_not_there_is_an_error_with_what_is(arguments: list[str], message: str, cli: Cli) -> None:
+    cli.small("-m", "sweep=mine", "format=bf16")
+    failed = cli.experiments(*arguments)
+    assert failed.returncode == 2
+    assert message in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_status_without_any_sweep_says_how_to_start_one(cli: Cli) -> None:
+    failed = cli.experiments("status")
+    assert failed.returncode == 2
+    assert "start one with run.py" in failed.stderr
+
+
+def test_a_sweep_is_found_from_elsewhere_and_without_permission_to_write(cli: Cli, tmp_path: Path) -> None:
+    cli.small("-m", "sweep=mine", "format=bf16")
+    before = {path: path.stat().st_mtime_ns for path in cli.folder.rglob("*")}
+    elsewhere = Cli(tmp_path.parent)
+    found = elsewhere.experiments("status", "--results", str(cli.folder / "results"))
+    assert "1 of 1 trials done" in found.stdout
+    assert {path: path.stat().st_mtime_ns for path in cli.folder.rglob("*")} == before
