@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Final
 
 from experiments.identity import BASELINE, UNUSED_BY_BASELINE
@@ -140,7 +139,9 @@ class Estimates:
     def __init__(self, costs: Sequence[Cost], device: str, block_weights: Callable[[str], int | None]) -> None:
         """`block_weights`: the weights in a finished trial's decoder blocks, by its id."""
         self._device, self._block_weights = device, block_weights
-        self._devices = sorted({cost.device for cost in costs})
+        self._measured_on: dict[str, set[str]] = defaultdict(set)
+        for cost in costs:
+            self._measured_on[cost.kind.algorithm].add(cost.device)
         self._own = sorted((cost for cost in costs if cost.device == device), key=lambda cost: cost.finished_at)[::-1]
         self._found: dict[Kind, Estimate] = {}
         self._groups: dict[tuple[str, ...], dict[tuple[str, ...], list[Cost]]] = {}
@@ -158,7 +159,7 @@ class Estimates:
             factors = self._usable(self._like(kind, fields), kind)
             if factors:
                 scaled = any(factor != 1 for _, own in factors for factor in own.values())
-                count = f"{len(factors)} trial{'s' if len(factors) > 1 else ''} {words}"
+                count = f"{_trials(len(factors))} {words}"
                 return Estimate(_combined(factors), f"{count}, scaled by tokens" if scaled else count)
         return None
 
@@ -172,8 +173,9 @@ class Estimates:
             for model, ratio in sorted(near.items(), key=lambda pair: abs(math.log(pair[1]))):
                 factors = self._usable(models[model], kind)
                 if factors:
-                    times = f"scaled from {models[model][0].name}{words}: {ratio:.3g} times the size"
-                    return Estimate(_combined(factors, ratio), f"{times}, {_trials(len(factors))}")
+                    basis = f"scaled from {models[model][0].name}{words}: {ratio:.3g} times the size, {_trials(len(factors))}"
+                    basis += "; memory at most" if ratio > 1 else ""
+                    return Estimate(_combined(factors, ratio), basis)
         return None
 
     def _unknown(self, kind: Kind) -> Estimate:
@@ -183,7 +185,8 @@ class Estimates:
             reason = f"nothing known of this model's size or texts against those measured on {self._device}: {models}"
             return Estimate({}, reason)
         what = json.loads(kind.algorithm)["_target_"].rpartition(".")[2] if kind.algorithm else "unquantized"
-        elsewhere = f" (there are trials on {', '.join(self._devices)})" if self._devices else ""
+        devices = self._measured_on.get(kind.algorithm)
+        elsewhere = f", only on {', '.join(sorted(devices))}" if devices else ""
         return Estimate({}, f"no {what} trial was measured on {self._device or 'such a device'}{elsewhere}")
 
     def _like(self, kind: Kind, fields: Sequence[str]) -> list[Cost]:
@@ -309,11 +312,12 @@ def _combined(factors: Sequence[tuple[Cost, dict[str, float]]], ratio: float = 1
     stages = {}
     for name in dict.fromkeys(name for cost, _ in factors for name in cost.stages):
         measured = [(cost.stages[name], own) for cost, own in factors if name in cost.stages]
+        text = TEXT_OF_STAGE.get(name, "")
         memory = most(stage.peak_memory_bytes for stage, _ in measured)
         gpu_memory = most(stage.peak_gpu_memory_bytes for stage, _ in measured)
         grown = max(1.0, ratio)
         stages[name] = Stage(
-            seconds=fmean(stage.seconds * own.get(TEXT_OF_STAGE.get(name, ""), 1.0) * ratio for stage, own in measured),
+            seconds=math.fsum([stage.seconds * own.get(text, 1.0) for stage, own in measured]) * ratio / len(measured),
             peak_memory_bytes=None if memory is None else round(memory * grown),
             peak_gpu_memory_bytes=None if gpu_memory is None else round(gpu_memory * grown),
         )
@@ -343,7 +347,9 @@ def _seedless_text(text: str | None) -> str:
     return _seedless(json.loads(text or ""))
 
 
+@functools.lru_cache(maxsize=1000)
 def _parsed(text: str | None) -> Any:
+    """The value of a JSON text, one object for all records that share it."""
     return None if text is None else json.loads(text)
 
 

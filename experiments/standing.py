@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from experiments import plans
@@ -118,7 +119,19 @@ class Follower:
             return _queued(own, job)
         if outcome.failure:
             return _failed(own, outcome.failure, history)
-        return _queued(own, None) if job is None and driven else _stopped(own, history, job)
+        return _queued(own, None) if job is None and driven else self._stopped(own, history, job)
+
+    def _stopped(self, own: dict[str, Any], history: list[Attempt], job: JobState | None) -> Status:
+        """Nothing runs it and nothing will, until it is retried."""
+        if job:
+            end = _end_in_log(self.sweep.store.sweep(self.sweep.name), job.job_id) or job.state
+            reason = f"its job ended without a result: {end}" + (f" ({job.reason})" if job.reason else "")
+            return Status(**own, state="stopped", host=job.node or "", job=job.job_id, reason=reason)
+        if not history:
+            return Status(**own, state="stopped", reason="no process runs this sweep", advice="retry runs what is left")
+        last = history[-1]
+        reason = last.reason or last.end or f"its process on {last.owner.host} is gone"
+        return Status(**own, state="stopped", host=last.owner.host, job=last.owner.job or "", reason=reason)
 
 
 def job_states(store: ResultStore, sweep: str, trial_ids: list[str]) -> dict[str, JobState]:
@@ -188,13 +201,7 @@ def _failed(own: dict[str, Any], failure: Failure, history: list[Attempt]) -> St
     return Status(**own, state="failed", host=failure.host, job=job, reason=failure.reason, advice=failure.advice or "")
 
 
-def _stopped(own: dict[str, Any], history: list[Attempt], job: JobState | None) -> Status:
-    """Nothing runs it and nothing will, until it is retried."""
-    if job:
-        reason = f"its job ended without a result: {job.state}" + (f" ({job.reason})" if job.reason else "")
-        return Status(**own, state="stopped", host=job.node or "", job=job.job_id, reason=reason)
-    if not history:
-        return Status(**own, state="stopped", reason="no process runs this sweep", advice="retry runs what is missing")
-    last = history[-1]
-    reason = last.reason or last.end or f"its process on {last.owner.host} is gone"
-    return Status(**own, state="stopped", host=last.owner.host, job=last.owner.job or "", reason=reason)
+def _end_in_log(folder: Path, job_id: str) -> str | None:
+    from experiments.launch.slurm import ended_as
+
+    return ended_as(folder, job_id)

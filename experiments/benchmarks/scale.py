@@ -233,7 +233,7 @@ def _print(costs: Sequence[Cost]) -> None:
         )
     targets = f"{MOST_SECONDS:.0f} s", f"{MOST_BYTES / 1e6:.0f} MB", f"{MOST_HTML_BYTES / 1e6:.0f} MB"
     table.add_row("target", *("" for _ in STEPS), *targets, "")
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
     console.print(f"{os.cpu_count()} cores; total: the whole process, its start included; records in the page cache")
 

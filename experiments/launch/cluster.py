@@ -89,7 +89,7 @@ class SlurmLaunch:
 
     def _ended(self, sweep: Sweep, trial: Trial, status: Status) -> bool:
         """Record how a trial's job ended; whether the trial is to have another."""
-        state = job_states(sweep.store, sweep.name, [trial.trial_id])[trial.trial_id].state
+        state = _end_of_job(sweep, trial.trial_id)
         attempts = Attempts(sweep.store, trial.trial_id)
         kind = KINDS.get(state, "crash")
         if kind == "out of memory" and attempts.all():
@@ -101,3 +101,10 @@ class SlurmLaunch:
             return True
         record_failure(sweep.store, sweep.name, trial, kind, status.reason)
         return False
+
+
+def _end_of_job(sweep: Sweep, trial_id: str) -> str:
+    """SLURM's word for how a trial's last job ended; where that is as good as none, what the job's log has."""
+    folder = sweep.store.sweep(sweep.name)
+    job = slurm.job_of_trial(folder)[trial_id]
+    return slurm.ended_as(folder, job) or job_states(sweep.store, sweep.name, [trial_id])[trial_id].state

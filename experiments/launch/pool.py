@@ -65,7 +65,7 @@ class Worker:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(GRACE_SECONDS)  # with a limit: a wait without one cannot be entered again by a signal handler
 
     def _ask(self, message: dict[str, Any]) -> str | None:
         """Have the process do a trial; None when it died."""

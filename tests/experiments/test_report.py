@@ -346,7 +346,7 @@ def test_failed_trials_leave_half_of_the_places_to_others() -> None:
 
 def test_of_a_lane_with_many_trials_the_extreme_ones_are_drawn() -> None:
     html = render("grid", many(1500))
-    plot = re.search(r"<svg.*?</svg>", html[html.index("Perplexity<") :], re.S)
+    plot = re.search(r'<svg class="plot dots".*?</svg>', html, re.S)
     lowest = min(15 + i * 7 % 1000 / 20 for i in range(1500) if i % 50 != 49)
     assert plot
     assert f": {lowest:.2f}</title>" in plot[0]
@@ -366,7 +366,6 @@ def test_a_long_table_is_shown_in_part_on_a_terminal_and_whole_in_the_file(
     store.sweep("grid").mkdir(parents=True)
     summarize("grid", many(100), store)
     shown = capsys.readouterr().out
-    assert shown.count(" trial ") == 0
     assert len(re.findall(r"^ (?:mxfp4|nvfp4) .*$", shown, re.M)) == 40
     assert re.search(r"40 of 100 trials: the failed, then the running.*all are in .*table.md", shown)
     assert "98 of 100 trials done, 2 failed" in shown

@@ -22,9 +22,9 @@ def test_the_benchmark_measures_each_size_from_overrides_to_report(
         assert sum(cost["seconds"].values()) < cost["total_seconds"]
         assert 5e7 < cost["peak_bytes"] < 1e9
     first, second = found
-    per_trial = [cost["seconds"]["plan"] + cost["seconds"]["read"] + cost["seconds"]["table"] for cost in found]
-    assert per_trial[1] < 3 * 3 * per_trial[0] + 1
-    assert second["html_bytes"] - first["html_bytes"] < 200 * 800
+    growing = [sum(cost["seconds"][step] for step in ("plan", "read", "table", "report")) for cost in found]
+    assert growing[1] < 3 * 3 * growing[0] + 1  # three times the trials, and three times that for noise
+    assert second["html_bytes"] - first["html_bytes"] < 200 * 1500
     shown = capsys.readouterr().out
     assert "target" in shown
     assert "met" in shown

@@ -298,3 +298,40 @@ def test_jobs_json_holds_the_settings(slurm: Cluster, sweep: Sweep) -> None:
     sweep.submit(["quick.0"], partition="down")
     content = json.loads((sweep.folder / "jobs.json").read_text())
     assert content["submissions"][0]["settings"]["partition"] == "down"
+
+
+# --- words that the cluster on loopback does not say
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("SIGNALING", "RUNNING"), ("SPECIAL_EXIT", "PENDING"), ("CANCELLED by 0", "CANCELLED"), ("TIMEOUT", "TIMEOUT")],
+)
+def test_words_for_a_passing_state_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, expected: str
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\necho '7_3|{word}|None|n[1-2]|2|2026-01-02T03:04:05|'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    found = states(["7_3"])["7_3"]
+    assert (found.state, found.reason, found.node, found.restarts) == (expected, None, "n[1-2]", 2)
+
+
+@pytest.mark.parametrize(
+    ("reason", "key"),
+    [
+        ("QOSMaxGRESPerUser", "hydra.launcher.qos"),
+        ("AssocGrpCPUMinutesLimit", "hydra.launcher.account"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-4]", "hydra.launcher.partition"),
+        ("Nodes required for job are DOWN, DRAINED or reserved", "hydra.launcher.partition"),
+        ("BadConstraints", "hydra.launcher.extra"),
+    ],
+)
+def test_a_reason_to_wait_comes_with_the_key_to_change(reason: str, key: str) -> None:
+    assert key in str(why_waiting(reason))
+
+
+def test_an_unknown_reason_is_left_as_it_is() -> None:
+    assert why_waiting("SomethingNew") is None
+    assert why_waiting(None) is None

@@ -1,0 +1,222 @@
+"""Sweeps of real trials on a real SLURM: whatever is killed in between, they end, and as if nothing had happened."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.attempts import Attempts
+from experiments.launch import jobs as slurm_jobs
+from experiments.records import Record
+from experiments.store import ResultStore
+from tests.experiments.conftest import Cli
+from tests.experiments.test_commands import blocks, start, status
+from tests.experiments.test_pool import AMBUSH, wait_until
+from tests.slurm.cluster import Cluster
+
+pytestmark = pytest.mark.slurm
+SLURM = (
+    "hydra/launcher=slurm",
+    "hydra.launcher.gpus=0",
+    "hydra.launcher.cpus=1",
+    "hydra.launcher.memory=1500M",
+    "hydra.launcher.time=60",
+    "sweep=mine",
+)
+DEEP = ("model.layers=60", "algorithm=gptq")  # quantizes for a dozen seconds
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)
+
+
+@pytest.fixture
+def drivers() -> Iterator[list["subprocess.Popen[str]"]]:
+    """Processes that run sweeps; none outlives its test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def record(cli: Cli, index: int = 0) -> Record:
+    trial = status(cli)["trials"][index]
+    found = ResultStore(cli.folder / "results").record(trial["trial_id"])
+    assert found is not None, trial
+    return found
+
+
+def submissions(cli: Cli) -> list[dict[str, Any]]:
+    return json.loads((cli.folder / "results" / "sweeps" / "mine" / "jobs.json").read_text())["submissions"]
+
+
+def job(cli: Cli, index: int = 0) -> str:
+    (only,) = submissions(cli)
+    return list(only["jobs"])[index]
+
+
+def ends(cli: Cli, trial_id: str) -> list[str | None]:
+    return [one.end for one in Attempts(ResultStore(cli.folder / "results"), trial_id).all()]
+
+
+def test_a_sweep_runs_as_one_array_and_a_second_time_submits_nothing(slurm: Cluster, cli: Cli) -> None:
+    sweep = ("-m", "format=mxfp4,nvfp4", "transform=h,wush", *SLURM)
+    done = cli.small(*sweep)
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 trials done" in done.stdout
+    (submitted,) = submissions(cli)
+    assert len({one.partition("_")[0] for one in submitted["jobs"]}) == 1
+    store = ResultStore(cli.folder / "results")
+    ran = {Attempts(store, trial).all()[-1].owner.job: trial for trial in store.ids()}
+    assert ran == submitted["jobs"]
+    again = cli.small(*sweep)
+    assert again.returncode == 0
+    assert "4 of 4 trials already done" in again.stderr
+    assert len(submissions(cli)) == 1
+
+
+def test_a_detached_sweep_is_followed_and_collected_later(slurm: Cluster, cli: Cli) -> None:
+    left = cli.small("-m", "seed=0,1", *DEEP, *SLURM, "hydra.launcher.detach=true")
+    assert left.returncode == 0, left.stderr
+    assert "python -m experiments status mine" in left.stdout
+    assert not list(cli.folder.rglob("result.json"))
+    wait_until(lambda: any("decoder blocks" in trial["progress"] for trial in status(cli)["trials"]))
+    running = next(trial for trial in status(cli)["trials"] if trial["progress"])
+    assert running["job"] in submissions(cli)[0]["jobs"]
+    waited = cli.experiments("wait", "mine")
+    assert waited.returncode == 0, waited.stdout
+    assert "2 of 2 trials done" in waited.stdout
+    assert next(cli.folder.rglob("table.md")).read_text().count("%") == 2
+
+
+def test_a_requeued_trial_goes_on_where_it_was_and_comes_out_the_same(
+    slurm: Cluster, cli: Cli, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = Cli(tmp_path_factory.mktemp("whole"))
+    assert whole.small(*DEEP).returncode == 0
+    cli.small("-m", *DEEP, *SLURM, "hydra.launcher.detach=true")
+    wait_until(lambda: blocks(cli) >= 5)
+    slurm_jobs.requeue([job(cli)])
+    wait_until(lambda: status(cli)["trials"][0]["interruptions"] == 1)
+    assert cli.experiments("wait").returncode == 0
+    resumed = record(cli)
+    assert resumed.restored_blocks >= 5
+    assert resumed.metrics == record(whole).metrics
+    assert ends(cli, resumed.trial_id) in (["interrupted", "done"], ["lost", "done"])
+    assert job(cli) == Attempts(ResultStore(cli.folder / "results"), resumed.trial_id).all()[-1].owner.job
+
+
+def test_a_trial_over_its_time_limit_goes_on_in_the_same_job(slurm: Cluster, cli: Cli) -> None:
+    long = ("model.layers=400", "algorithm=gptq", "hydra.launcher.time=1", "hydra.launcher.signal_before=50")
+    limited = [option for option in SLURM if not option.startswith("hydra.launcher.time")]
+    done = cli.small("-m", *long, *limited, "hydra.launcher.max_timeouts=9")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record(cli).attempts > 1
+    assert record(cli).restored_blocks > 0
+    assert set(ends(cli, record(cli).trial_id)[:-1]) == {"interrupted"}
+
+
+def test_a_job_cancelled_behind_the_drivers_back_is_told_and_retry_goes_on(
+    slurm: Cluster, cli: Cli, drivers: list["subprocess.Popen[str]"]
+) -> None:
+    drivers.append(start(cli, "seed=0,1", *DEEP, *SLURM))
+    wait_until(lambda: blocks(cli) >= 5)
+    running = next(trial for trial in status(cli)["trials"] if trial["state"] == "running")
+    slurm_jobs.cancel([running["job"]])
+    output, _ = drivers[0].communicate(timeout=120)
+    assert drivers[0].returncode == 1, output
+    assert "1 of 2 trials done, 1 failed" in output
+    assert "CANCELLED" in output
+    retried = cli.experiments("retry", "mine")
+    assert retried.returncode == 0, retried.stdout + retried.stderr
+    assert len(submissions(cli)) == 2
+    store = ResultStore(cli.folder / "results")
+    again = store.record(running["trial_id"])
+    assert again is not None
+    assert again.restored_blocks > 0
+
+
+def test_cancel_ends_the_jobs_of_a_sweep(slurm: Cluster, cli: Cli) -> None:
+    cli.small("-m", "seed=0,1,2", *DEEP, *SLURM, "hydra.launcher.detach=true", "hydra.launcher.array_parallelism=1")
+    wait_until(lambda: blocks(cli) >= 1)
+    cancelled = cli.experiments("cancel")
+    assert "3 jobs cancelled" in cancelled.stdout
+    wait_until(lambda: {trial["state"] for trial in status(cli)["trials"]} == {"stopped"})
+    assert cli.experiments("status").returncode == 1
+
+
+def test_a_driver_that_is_killed_and_started_again_submits_nothing_twice(
+    slurm: Cluster, cli: Cli, drivers: list["subprocess.Popen[str]"]
+) -> None:
+    sweep = ("seed=0,1,2", *DEEP, *SLURM, "hydra.launcher.array_parallelism=1")
+    drivers.append(start(cli, *sweep))
+    wait_until(lambda: blocks(cli) >= 1)
+    drivers[0].send_signal(signal.SIGKILL)
+    drivers[0].wait()
+    again = cli.small("-m", *sweep)
+    assert again.returncode == 0, again.stderr
+    assert "3 of 3 trials done" in again.stdout
+    assert len(submissions(cli)) == 1
+    assert {record(cli, index).attempts for index in range(3)} == {1}
+
+
+def test_a_worker_killed_for_its_memory_is_tried_again_in_the_same_job(
+    slurm: Cluster, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_ambush(cli.folder, "os.kill(os.getpid(), signal.SIGKILL)", 1, monkeypatch)
+    done = cli.small("-m", "model.layers=3", *SLURM)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert any("one window at a time" in warning for warning in record(cli).warnings)
+    assert ends(cli, record(cli).trial_id) == ["out of memory", "done"]
+    assert len(submissions(cli)) == 1
+
+
+def test_a_trial_that_takes_all_memory_of_its_job_fails_with_advice(
+    slurm: Cluster, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_ambush(cli.folder, "block = bytearray(3 << 30)", 9, monkeypatch)
+    failed = cli.small("-m", "model.layers=3,2", *SLURM)
+    assert failed.returncode == 1
+    assert "1 of 2 trials done, 1 failed" in failed.stdout
+    one = next(trial for trial in status(cli)["trials"] if trial["state"] == "failed")
+    assert "more memory" in one["advice"], one
+
+
+def lay_ambush(folder: Path, act: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have workers do something to themselves, so often, when they quantize a model of three decoder blocks."""
+    marker = folder / "ambushed"
+    marker.mkdir()
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(AMBUSH.format(marker=str(marker), times=times, act=act))
+    monkeypatch.setenv("PYTHONPATH", str(folder / "site"))
+
+
+def test_a_refused_partition_submits_nothing(slurm: Cluster, cli: Cli) -> None:
+    refused = cli.small("-m", "seed=0,1", *SLURM, "hydra.launcher.partition=gone")
+    assert refused.returncode == 2
+    assert "hydra.launcher.partition=gone" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (cli.folder / "results" / "sweeps" / "mine" / "jobs.json").exists()
+
+
+def test_a_job_that_never_starts_says_why(slurm: Cluster, cli: Cli) -> None:
+    cli.small("-m", *SLURM, "hydra.launcher.detach=true", "hydra.launcher.partition=down")
+    wait_until(lambda: status(cli)["trials"][0]["reason"] != "None" and status(cli)["trials"][0]["advice"] != "")
+    (one,) = status(cli)["trials"]
+    assert one["state"] == "queued"
+    assert "PartitionDown" in one["reason"]
+    assert "hydra.launcher.partition" in one["advice"]
+
+
+def test_with_accounting_a_forgotten_job_is_still_explained(slurm_accounting: Cluster, cli: Cli) -> None:
+    cli.small("-m", *DEEP, *SLURM, "hydra.launcher.detach=true", "hydra.launcher.account=science")
+    wait_until(lambda: blocks(cli) >= 1)
+    slurm_jobs.cancel([job(cli)])
+    wait_until(lambda: status(cli)["trials"][0]["state"] == "stopped")
+    wait_until(lambda: "CANCELLED" in status(cli)["trials"][0]["reason"])
