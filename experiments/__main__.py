@@ -55,10 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     retry.add_argument("sweep", nargs="?", help=SWEEP)
     retry.add_argument("overrides", nargs="*", help="keys of hydra.launcher, such as time=480 memory=128G")
     retry.add_argument("--launcher", help="another launcher: local, local_parallel or slurm")
+    plan = commands.add_parser("plan", help="what a sweep would run, what is done, and the time and memory to expect")
+    plan.add_argument("overrides", nargs="*", help="as for run.py -m, such as format=mxfp4,nvfp4 transform=h,wush")
+    compare = command("compare", "two sides trial by trial: metrics of each, differences, and their standard errors")
+    compare.add_argument(
+        "a", metavar="A", help="a sweep's name, or a filter such as transform=h or sweep=NAME,format=int4"
+    )
+    compare.add_argument("b", metavar="B", help="likewise")
+    compare.add_argument("--output", type=Path, help="also write the table to this .md, .csv or .json file")
+    compare.add_argument("--wandb", metavar="ENTITY/PROJECT", help="also save it as a W&B report, and print where")
+    compare.add_argument("--wandb-json", type=Path, help="write the W&B report's definition to this file")
     show = command("show", "a trial's metrics, costs, worst decoder blocks and config")
     show.add_argument("trial", help="a trial's id, or the first digits of it")
     bench = command("bench", "times, memory and ratios of this checkout on this machine")
     bench.add_argument("--quick", action="store_true", help="a tiny random model in place of the embedded one")
+    bench.add_argument(
+        "--scale", action="store_true", help="the cost of sweeps of 100, 1,000 and 10,000 trials instead"
+    )
     bench.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     return parser
 
@@ -80,13 +93,24 @@ def _run(arguments: argparse.Namespace, store: ResultStore) -> int:
         case "retry":
             logging.getLogger("experiments").setLevel(logging.INFO)
             return commands.retry(store, arguments.sweep, arguments.launcher, arguments.overrides)
+        case "plan":
+            from experiments import app
+
+            app.plan(arguments.overrides)
+            return 0
+        case "compare":
+            return commands.compare(
+                store, arguments.a, arguments.b, arguments.output, arguments.wandb, arguments.wandb_json
+            )
         case "show":
             from experiments.views.trial import show_trial
 
             return show_trial(store, arguments.trial)
         case "bench":
-            from experiments.benchmarks import promises
+            from experiments.benchmarks import promises, scale
 
+            if arguments.scale:
+                return scale.main(output=arguments.output)
             kept = Path(arguments.results) if arguments.results else None
             return promises.main(arguments.quick, kept, arguments.output)
     raise AssertionError(arguments.command)

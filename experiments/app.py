@@ -5,7 +5,7 @@ Exit codes: 0 all trials done, 1 a trial failed, 2 the config or the results fol
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import sweep
 from experiments.attempts import Cancelled
 from experiments.launch import driver, grid
-from experiments.launch.choose import carry_out, launcher_problems
+from experiments.launch.choose import carry_out, launcher_problems, planning
 from experiments.launch.explain import explain
 from experiments.launch.plugins import as_composed, as_node
 from experiments.schema import ConfigError
@@ -47,6 +47,13 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
     with _readable_errors():
         _app()
+
+
+def plan(overrides: Sequence[str]) -> None:
+    """Show what a sweep of the overrides would run; exits as `main`."""
+    sys.argv[1:] = ["-m", *(override for override in overrides if override not in ("-m", "--multirun"))]
+    with planning():
+        main()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,6 +19,7 @@ from experiments import plans
 from experiments.attempts import Attempts
 from experiments.launch import driver
 from experiments.launch.choose import launch_of
+from experiments.launch.settings import validate_launcher
 from experiments.schema import ConfigError
 from experiments.standing import Follower, Status, job_states
 from experiments.store import ResultStore, write_atomically
@@ -31,7 +33,7 @@ CONF = Path(__file__).parent.parent / "conf"
 LINES_OF_A_LOG = 30
 
 
-def find(store: ResultStore, name: str | None) -> tuple[Sweep, dict[str, object]]:
+def find(store: ResultStore, name: str | None) -> tuple[Sweep, dict[str, Any]]:
     """The sweep of a name, or of the first letters of one; the one planned last for None."""
     known = plans.names(store)
     if name is None and not known:
@@ -61,7 +63,10 @@ def wait(store: ResultStore, name: str | None) -> int:
 
     sweep, _ = find(store, name)
     statuses = view.watch(sweep.name, Follower(sweep).look, view.ROWS_SHOWN)
-    summarize(sweep.name, Standing(sweep).look(), store)
+    try:
+        summarize(sweep.name, Standing(sweep).look(), store)
+    except PermissionError as error:  # somebody else's sweep
+        print(f"not written: {error}", file=sys.stderr)
     for one in statuses:
         if one.state == "stopped":
             print(f"{one.trial_id} {one.name}: {one.reason}; go on with: python -m experiments retry {sweep.name}")
@@ -74,7 +79,8 @@ def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) 
     if trial is None:
         for one in Follower(sweep).look():
             if one.state in ("running", "failed", "stopped"):
-                _print_end(one, store.trial(one.trial_id))
+                job_log = store.sweep(sweep.name) / "jobs" / f"{one.job}_0_log.out"
+                _print_end(one, [store.trial(one.trial_id) / name for name in ("trial.log", "worker.log")] + [job_log])
         return 0
     ids = [own.trial_id for own in sweep.trials if own.trial_id.startswith(trial)]
     if len(ids) != 1:
@@ -117,14 +123,46 @@ def retry(store: ResultStore, name: str | None, launcher: str | None, overrides:
             raise ConfigError(f"{override}: write key=value, a key of hydra.launcher such as time=480")
         node = dict(node) | {key.removeprefix("hydra.launcher."): yaml.safe_load(value)}
     try:
-        driver.run(sweep, launch_of(node))
+        driver.run(sweep, launch_of(validate_launcher(node)))
     except driver.SweepFailed:
         return 1
     return 0
 
 
-def _launcher_node(name: str) -> dict[str, object]:
-    options = {path.stem: path for path in (CONF / "hydra" / "launcher").glob("*.yaml") if path.stem != "plan"}
+def compare(
+    store: ResultStore, a: str, b: str, output: Path | None, project: str | None, definition: Path | None
+) -> int:
+    """Compare two sides; `project`, `ENTITY/PROJECT`, gets the comparison as a W&B report, `definition` its JSON."""
+    from experiments.views.comparison import show_comparison
+
+    code = show_comparison(store, a, b, output)
+    if code == 0 and (project or definition):
+        _compare_on_wandb(store, a, b, project, definition)
+    return code
+
+
+def _compare_on_wandb(store: ResultStore, a: str, b: str, project: str | None, definition: Path | None) -> None:
+    from experiments.compare import compare
+    from experiments.sides import to_run_filter
+    from experiments.views import workspace
+
+    entity, slash, name = (project or "ENTITY/wush").partition("/")
+    if not slash:
+        raise ConfigError(f"--wandb {project}: write ENTITY/PROJECT, as in the address of the project's page")
+    found = compare(store, a, b)
+    report = workspace.report(name, entity, to_run_filter(found.a), to_run_filter(found.b))
+    if definition:
+        write_atomically(definition, workspace.to_json(report))
+        print(f"report definition: {shown(definition)}")
+    if project:
+        try:
+            print(f"report: {workspace.save(report)}")
+        except workspace.ReportNotSaved as error:
+            raise ConfigError(str(error)) from error
+
+
+def _launcher_node(name: str) -> dict[str, Any]:
+    options = {path.stem: path for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
     if name not in options:
         raise ConfigError(f"--launcher {name}: there are: {', '.join(sorted(options))}")
     return yaml.safe_load(options[name].read_text())
@@ -143,9 +181,9 @@ def _print(content: object) -> None:
     (console if console.is_terminal else Console(width=160)).print(content)
 
 
-def _print_end(one: Status, folder: Path) -> None:
-    print(f"==> {one.trial_id} {one.name}: {one.state} <==")
-    for path in (folder / "trial.log", folder / "worker.log"):
+def _print_end(one: Status, paths: Sequence[Path]) -> None:
+    print(f"==> {one.trial_id} {one.name}: {one.state} {one.progress} {one.reason}".rstrip(), "<==")
+    for path in paths:
         if path.exists():
             print("\n".join(path.read_text(errors="replace").splitlines()[-LINES_OF_A_LOG:]))
     print()

@@ -173,8 +173,8 @@ class Estimates:
             for model, ratio in sorted(near.items(), key=lambda pair: abs(math.log(pair[1]))):
                 factors = self._usable(models[model], kind)
                 if factors:
-                    basis = f"scaled from {models[model][0].name}{words}: {ratio:.3g} times the size, {_trials(len(factors))}"
-                    basis += "; memory at most" if ratio > 1 else ""
+                    basis = f"scaled from {models[model][0].name}{words}: {ratio:.3g} times the size"
+                    basis += f", {_trials(len(factors))}{'; memory at most' if ratio > 1 else ''}"
                     return Estimate(_combined(factors, ratio), basis)
         return None
 

@@ -10,17 +10,16 @@ import logging
 import math
 import platform
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.attempts import Attempt, AttemptLost, Attempts, Cancelled, Lease, Watched
 from experiments.checkpoints import Checkpoint
 from experiments.environment import code_versions
 from experiments.failures import ADVICE, Kind, classify, may_go_on, memory_failures
+from experiments.logs import logged, one_line
 from experiments.records import Block, Data, Failure, Metrics, Record, Stage, now
 from experiments.store import ResultStore
 from experiments.tracking import Tracking
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REASON_LENGTH = 240
 HELD_OUT = "held_out"
 
 
@@ -142,7 +140,7 @@ class TrialRunner:
 
         trial = attempt.trial
         folder = self.store.begin(trial.trial_id, yaml.safe_dump(trial.config, sort_keys=False))
-        with _logged(folder / "trial.log", attempt.warnings):
+        with logged(folder / "trial.log", attempt.warnings):
             if len(attempts) > 1:
                 log.info("trial %s: attempt %d", trial.trial_id, attempt.lease.number)
             attempt.one_window = memory_failures(attempts) > 0
@@ -364,42 +362,3 @@ def _record(attempt: _Attempt, restored_blocks: int) -> Record:
 def _warn_if_same_text(data: dict[str, Data]) -> None:
     if "calibration" in data and data["calibration"].text_sha256 == data["evaluation"].text_sha256:
         log.warning("calibration and evaluation use the same text: the metrics are not held out")
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message with its lines joined, cut where it gets long; the error's type when it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    first = lines[0] if len(lines[0]) <= REASON_LENGTH else f"{lines[0][: REASON_LENGTH - 1]}…"
-    text, kept = first, 1
-    while kept < len(lines) and len(text) + 2 + len(lines[kept]) <= REASON_LENGTH:
-        text, kept = f"{text}; {lines[kept]}", kept + 1
-    left = len(lines) - kept
-    return f"{text} (+{left} more line{'s' if left > 1 else ''})" if left else text
-
-
-class _Warnings(logging.Handler):
-    """Keeps this project's own warnings; those of a tracker are not about the result."""
-
-    def __init__(self, messages: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self.messages = messages
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] in ("wush", "experiments") and record.name != "experiments.tracking":
-            self.messages.append(record.getMessage())
-
-
-@contextmanager
-def _logged(path: Path, warnings: list[str]) -> Iterator[None]:
-    """While open, log lines also go to a file, and the messages of warnings to a list."""
-    handlers = (logging.FileHandler(path, encoding="utf-8"), _Warnings(warnings))
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    for handler in handlers:
-        root.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()

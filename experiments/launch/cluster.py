@@ -1,8 +1,10 @@
 """Trials as SLURM jobs: submitted, then followed until they are over, or left to themselves."""
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from experiments.attempts import Attempts
@@ -20,9 +22,11 @@ from experiments.views import status as view
 log = logging.getLogger(__name__)
 
 # How SLURM ends jobs through no fault of the trial.
-MISFORTUNES = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
+MISFORTUNES = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "COMPLETED")  # the last: its trial was running elsewhere
 KINDS: dict[str, Kind] = {"OUT_OF_MEMORY": "out of memory", "TIMEOUT": "time", "DEADLINE": "time"}
 MAX_JOBS_A_TRIAL = 5
+# A job's end may be seen before the files that it wrote last.
+LAG_SECONDS = 10.0
 
 
 class SlurmLaunch:
@@ -31,6 +35,7 @@ class SlurmLaunch:
     def __init__(self, settings: SlurmSettings) -> None:
         self.settings: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
         self._own = settings
+        self._stopped_since: dict[str, float] = {}
 
     def check(self, sweep: Sweep) -> None:
         """Raise `ConfigError` for a SLURM that cannot be used from here."""
@@ -46,11 +51,16 @@ class SlurmLaunch:
         follower = Follower(sweep)
 
         def look() -> list[Status]:
-            self._mend(sweep, follower.look())
+            statuses = follower.look()
+            self._mend(sweep, statuses)
             board.refresh()
-            return follower.look()
+            return [replace(one, state="queued") if one.trial_id in self._stopped_since else one for one in statuses]
 
-        view.watch(sweep.name, look, view.ROWS_SHOWN)
+        try:
+            view.watch(sweep.name, look, view.ROWS_SHOWN)
+        except KeyboardInterrupt:
+            print(f"the jobs go on without this process; to end them: python -m experiments cancel {sweep.name}")
+            raise
 
     def _without_job(self, sweep: Sweep, pending: Sequence[Trial]) -> list[Trial]:
         """The trials that no process runs and no job of this sweep will."""
@@ -78,12 +88,11 @@ class SlurmLaunch:
     def _mend(self, sweep: Sweep, statuses: Sequence[Status]) -> None:
         """Submit again what a node or memory took, and record what ended otherwise."""
         stopped = {one.trial_id: one for one in statuses if one.state == "stopped"}
-        if not stopped:
-            return
-        again = []
-        for trial in (trial for trial in sweep.trials if trial.trial_id in stopped):
-            if self._ended(sweep, trial, stopped[trial.trial_id]):
-                again.append(trial)
+        clock = time.monotonic()
+        self._stopped_since = {trial_id: self._stopped_since.get(trial_id, clock) for trial_id in stopped}
+        settled = {trial_id for trial_id, since in self._stopped_since.items() if clock - since >= LAG_SECONDS}
+        ended = [trial for trial in sweep.trials if trial.trial_id in settled]
+        again = [trial for trial in ended if self._ended(sweep, trial, stopped[trial.trial_id])]
         if again:
             self._submit(sweep, again)
 

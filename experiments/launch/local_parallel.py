@@ -30,15 +30,15 @@ class LocalParallelLaunch:
 
     def check(self, sweep: Sweep) -> None:
         """Raise `ConfigError` for GPUs that are not there, or a device that leaves workers no choice."""
-        self._environments(sweep.trials[0].config["device"])
+        environments(self._own, sweep.trials[0].config["device"])
 
     def __call__(self, pending: Sequence[Trial], board: Board) -> None:
         """Run the trials."""
         sweep, busy = board.sweep, []
-        environments = self._environments(pending[0].config["device"])[: len(pending)]
-        log.info("workers: %d, each %s", len(environments), _described(environments[0]))
+        own = environments(self._own, pending[0].config["device"])[: len(pending)]
+        log.info("workers: %d, each %s", len(own), _described(own[0]))
         folder = sweep.store.sweep(sweep.name) / "logs"
-        workers = [Worker(own, folder / f"worker-{number}.log") for number, own in enumerate(environments)]
+        workers = [Worker(one, folder / f"worker-{number}.log") for number, one in enumerate(own)]
         with showing(sweep.progress) as progress:
             shown = progress.track(range(len(pending)), "trials", len(pending))
             next(shown)
@@ -54,7 +54,7 @@ class LocalParallelLaunch:
 
             run_all(workers, pending, sweep.store, sweep.name, on_end)
         if self._own.busy == "wait" and busy:
-            worker = Worker(environments[0], folder / "worker-0.log")
+            worker = Worker(own[0], folder / "worker-0.log")
             try:
                 wait_for(
                     busy,
@@ -65,29 +65,30 @@ class LocalParallelLaunch:
             finally:
                 worker.close()
 
-    def _environments(self, device: str) -> list[dict[str, str]]:
-        """The variables of each worker."""
-        visible = _visible_gpus() if device in ("auto", "cuda") else []
-        if device.startswith("cuda:"):
-            raise ConfigError(
-                f"device={device}: workers get a GPU each; set device=cuda and hydra.launcher.gpus=[{device[5:]}]"
-            )
-        if device == "cpu" and self._own.gpus:
-            raise ConfigError(f"hydra.launcher.gpus={self._own.gpus}: device=cpu uses none; leave one of them out")
-        gpus = visible if self._own.gpus is None else [str(gpu) for gpu in self._own.gpus]
-        missing = [gpu for gpu in gpus if gpu not in visible]
-        if missing or (device == "cuda" and not gpus):
-            raise ConfigError(
-                f"hydra.launcher.gpus={self._own.gpus}: this machine has {', '.join(visible) or 'no GPU'}; "
-                "choose of these, or set device=cpu"
-            )
-        if gpus:
-            count = len(gpus) if self._own.workers is None else min(self._own.workers, len(gpus))
-            return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
-        cores = len(os.sched_getaffinity(0))
-        count = self._own.workers or max(1, cores // 2)
-        threads = self._own.threads or max(1, cores // count)
-        return [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}] * count
+
+def environments(settings: LocalParallelSettings, device: str) -> list[dict[str, str]]:
+    """The variables of each worker; raises `ConfigError` for GPUs that are not there, or a device without a choice."""
+    visible = _visible_gpus() if device in ("auto", "cuda") else []
+    if device.startswith("cuda:"):
+        raise ConfigError(
+            f"device={device}: workers get a GPU each; set device=cuda and hydra.launcher.gpus=[{device[5:]}]"
+        )
+    if device == "cpu" and settings.gpus:
+        raise ConfigError(f"hydra.launcher.gpus={settings.gpus}: device=cpu uses none; leave one of them out")
+    gpus = visible if settings.gpus is None else [str(gpu) for gpu in settings.gpus]
+    missing = [gpu for gpu in gpus if gpu not in visible]
+    if missing or (device == "cuda" and not gpus):
+        raise ConfigError(
+            f"hydra.launcher.gpus={settings.gpus}: this machine has {', '.join(visible) or 'no GPU'}; "
+            "choose of these, or set device=cpu"
+        )
+    if gpus:
+        count = len(gpus) if settings.workers is None else min(settings.workers, len(gpus))
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
+    cores = len(os.sched_getaffinity(0))
+    count = settings.workers or max(1, cores // 2)
+    threads = settings.threads or max(1, cores // count)
+    return [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}] * count
 
 
 def _described(environment: dict[str, str]) -> str:

@@ -76,12 +76,6 @@ class SlurmLauncher(_SweepLauncher):
     __module__ = "hydra_plugins.wush"
 
 
-class PlanLauncher(_SweepLauncher):
-    """No trial: shows what would run."""
-
-    __module__ = "hydra_plugins.wush"
-
-
 def as_node(launcher: DictConfig) -> dict[str, Any]:
     """A launcher's config as plain values."""
     return OmegaConf.to_container(launcher, resolve=True)  # type: ignore[return-value]
@@ -100,7 +94,7 @@ def _register() -> None:
         namespace = sys.modules["hydra_plugins"] = ModuleType("hydra_plugins")
         namespace.__path__ = []
     namespace.wush = sys.modules["hydra_plugins.wush"] = sys.modules[__name__]  # type: ignore[attr-defined]
-    for plugin in (GridSweeper, LocalLauncher, LocalParallelLauncher, SlurmLauncher, PlanLauncher):
+    for plugin in (GridSweeper, LocalLauncher, LocalParallelLauncher, SlurmLauncher):
         Plugins.instance().register(plugin)
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,16 @@ from experiments import plans
 from experiments.attempts import Attempts
 from experiments.failures import ADVICE, Kind, may_go_on
 from experiments.records import Failure, now
+from experiments.standing import Standing
 from experiments.store import ResultStore
 from experiments.trial import Trial
+from experiments.views.summary import write
 
 log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).parent.parent.parent
 GRACE_SECONDS = 10.0
+SECONDS_BETWEEN_REPORTS = 20.0
 
 
 @dataclass
@@ -171,9 +175,22 @@ def run_in_job(root: str, sweep: str, trial_id: str) -> None:
     if state == "interrupted":
         time.sleep(600)
     worker.close()
+    _refresh(store, sweep)
     if state == "failed":
         failure = store.failure(trial_id)
         raise RuntimeError(f"trial {trial_id} failed: {failure.reason if failure else 'see its log'}")
+
+
+def _refresh(store: ResultStore, name: str) -> None:
+    """Write the sweep's table and report, unless another job did a moment ago and will not have been the last."""
+    sweep, _ = plans.load(store, name)
+    outcomes = Standing(sweep).look()
+    report = store.sweep(name) / "report.html"
+    with suppress(FileNotFoundError):
+        recent = time.time() - report.stat().st_mtime < SECONDS_BETWEEN_REPORTS
+        if recent and any(outcome.state in ("queued", "running") for outcome in outcomes):
+            return
+    write(name, outcomes, store)
 
 
 def interrupt() -> None:

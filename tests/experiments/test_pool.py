@@ -17,8 +17,8 @@ from experiments import sweep
 from experiments.attempts import Attempts
 from experiments.launch import driver, pool
 from experiments.launch.choose import launch_of
-from experiments.launch.local_parallel import LocalParallelLaunch
-from experiments.launch.settings import LocalParallelSettings
+from experiments.launch.local_parallel import environments
+from experiments.launch.settings import LocalParallelSettings, validate_launcher
 from experiments.records import Failure, Outcome, Record
 from experiments.schema import ConfigError
 from experiments.sweep import Sweep
@@ -54,7 +54,7 @@ def planned(folder: Path, *layers: int) -> Sweep:
 
 
 def outcomes(own: Sweep, **settings: Any) -> list[Outcome]:
-    launch = launch_of(PARALLEL | settings)
+    launch = launch_of(validate_launcher(PARALLEL | settings))
     try:
         return driver.run(own, launch)
     except driver.SweepFailed:
@@ -201,7 +201,7 @@ def three_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def visible(device: str, **settings: Any) -> list[dict[str, str]]:
-    return LocalParallelLaunch(LocalParallelSettings(**PARALLEL | {"workers": None} | settings))._environments(device)
+    return environments(LocalParallelSettings(**PARALLEL | {"workers": None} | settings), device)
 
 
 @pytest.mark.usefixtures("three_gpus")

@@ -20,11 +20,12 @@ from experiments import sweep
 from experiments.attempts import Attempt, Attempts, Lease
 from experiments.launch import driver
 from experiments.launch.choose import carry_out
+from experiments.logs import one_line
 from experiments.records import SCHEMA_VERSION, Failure, Outcome, Record
 from experiments.schema import ConfigError, TrialConfig
 from experiments.store import ResultStore
 from experiments.sweep import Composed
-from experiments.trial import Trial, TrialRunner, one_line
+from experiments.trial import Trial, TrialRunner
 from experiments.views.summary import summarize
 from tests.experiments.conftest import Cli, composed, config
 from wush.texts import TextWindows

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from experiments.logs import logged
 from experiments.records import Block
-from experiments.trial import _logged
 from tests.experiments.conftest import ROOT, Cli, environment
 from tests.experiments.test_store import record
 from tests.experiments.wandb_server import Fault, serving
@@ -115,7 +115,7 @@ def test_a_baselines_run_names_only_what_it_uses(cli: Cli) -> None:
 
 def test_a_trackers_warning_is_no_warning_about_the_result(tmp_path: Path) -> None:
     messages: list[str] = []
-    with _logged(tmp_path / "trial.log", messages):
+    with logged(tmp_path / "trial.log", messages):
         for name in ("wush.walk", "experiments.trial", "experiments.tracking", "transformers"):
             logging.getLogger(name).warning(name)
     assert messages == ["wush.walk", "experiments.trial"]

@@ -220,3 +220,10 @@ def test_with_accounting_a_forgotten_job_is_still_explained(slurm_accounting: Cl
     slurm_jobs.cancel([job(cli)])
     wait_until(lambda: status(cli)["trials"][0]["state"] == "stopped")
     wait_until(lambda: "CANCELLED" in status(cli)["trials"][0]["reason"])
+
+
+def test_a_detached_sweeps_report_is_written_by_its_jobs(slurm: Cluster, cli: Cli) -> None:
+    cli.small("-m", "seed=0,1", *SLURM, "hydra.launcher.detach=true")
+    folder = cli.folder / "results" / "sweeps" / "mine"
+    wait_until(lambda: "2 done, 0 failed" in (folder / "report.html").read_text())
+    assert (folder / "table.md").read_text().count("%") == 2
