@@ -1,5 +1,6 @@
-"""What the project promises, measured on this machine: start-up times, the main job, GPTQ against RTN, and the share
-of activation fake-quantization in a layer's forward. Trials run in processes of their own, as a user would start them.
+"""What the project promises, measured on this machine: start-up times, the main job, GPTQ against RTN, the share of
+activation fake-quantization in a layer's forward, and what the framework itself costs. Trials run in processes of
+their own, as a user would start them.
 """
 
 import os
@@ -17,9 +18,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks import overhead
 from experiments.records import Record
 from experiments.store import ResultStore, to_json, write_atomically
 
+ONE_WORKER = ("hydra/launcher=local_parallel", "hydra.launcher.workers=1")
 ROOT = Path(__file__).parent.parent.parent
 MAIN_JOB = ("-m", "format=mxfp4,nvfp4", "transform=h,wush")
 QUICK = (
@@ -82,14 +85,21 @@ def measure(results: Path, overrides: tuple[str, ...]) -> list[Measure]:
     own = (*overrides, f"results={results.absolute()}", "progress=none")
     start = _run("--help")
     wrong = _run("format=mxfp5", code=2)
-    rtn = _run(*MAIN_JOB, *own)
+    rtn = _run(*MAIN_JOB, *own, "keep_blocks=true")
     _run("format=mxfp4", "transform=wush", "algorithm=gptq", *own)
+    store = ResultStore(results)
+    saving = overhead.saving_share(store, _record(store, "rtn"))
+    alone = overhead.seconds_a_trial(_seconds_of_run, ())
+    parallel = overhead.seconds_a_trial(_seconds_of_run, ONE_WORKER)
     return [
         Measure("run.py --help", start.seconds, "s", 2),
         Measure("a config error", wrong.seconds, "s", 2),
         Measure("the main job: four RTN trials", rtn.seconds, "s", 300),
         Measure("the main job's peak memory", rtn.peak_bytes / 1e9, "GB", 6),
-        Measure("a GPTQ trial against its RTN trial", _gptq_to_rtn(ResultStore(results)), "x", 3),
+        Measure("a GPTQ trial against its RTN trial", _gptq_to_rtn(store), "x", 3),
+        Measure("one more trial that does nothing, local", alone, "s", 0.3),
+        Measure("one more trial that does nothing, local_parallel of 1", parallel, "s", 0.3),
+        Measure("saving decoder blocks in a trial", 100 * saving, "%", 2),
         Measure("fake-quantized activations in a forward", 100 * _activation_share(), "%", None),
     ]
 
@@ -111,15 +121,20 @@ def _run(*arguments: str, code: int = 0) -> Process:
     return Process(seconds, usage.ru_maxrss * unit)
 
 
+def _seconds_of_run(*arguments: str) -> float:
+    return _run(*arguments).seconds
+
+
 def _gptq_to_rtn(store: ResultStore) -> float:
     """Seconds of quantization and evaluation, GPTQ's over RTN's, of MXFP4 with WUSH."""
-    found = [record for trial_id in store.ids() if (record := store.record(trial_id))]
-    seconds = {
-        record.choices["algorithm"]: _seconds(record)
-        for record in found
-        if (record.choices["format"], record.choices["transform"]) == ("mxfp4", "wush")
-    }
-    return seconds["gptq"] / seconds["rtn"]
+    return _seconds(_record(store, "gptq")) / _seconds(_record(store, "rtn"))
+
+
+def _record(store: ResultStore, algorithm: str) -> Record:
+    """The record of MXFP4 with WUSH by an algorithm."""
+    wanted = {"format": "mxfp4", "transform": "wush", "algorithm": algorithm}
+    found = (record for trial_id in store.ids() if (record := store.record(trial_id)))
+    return next(record for record in found if wanted.items() <= record.choices.items())
 
 
 def _seconds(record: Record) -> float:

@@ -14,7 +14,7 @@ def test_the_quick_benchmark_measures_every_promise(cli: Cli) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((cli.folder / "bench.json").read_text())
     targets = {one["what"]: one["target"] for one in found["measures"]}
-    assert list(targets.values()) == [2, 2, 300, 6, 3, None]
+    assert list(targets.values()) == [2, 2, 300, 6, 3, 0.3, 0.3, 2, None]
     assert all(one["measured"] > 0 for one in found["measures"])
     assert found["measures"][-1]["measured"] < 100
     assert {"processor", "cores", "torch"} <= set(found["machine"])

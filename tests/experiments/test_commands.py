@@ -16,7 +16,7 @@ from experiments.store import ResultStore
 from tests.experiments.conftest import ROOT, SMALL, Cli, environment
 from tests.experiments.test_pool import wait_until
 
-DEEP = "model.layers=200"  # takes long enough to be looked at
+DEEP = "model.layers=500"  # takes long enough to be looked at
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_running_sweep_is_seen_from_another_process(cli: Cli, drivers: list["s
     wait_until(lambda: status(cli, "mine")["trials"][0]["left"] is not None)
     first, second = status(cli, "mine")["trials"]
     assert (first["state"], second["state"]) == ("running", "queued")
-    assert re.fullmatch(r"decoder blocks \d+ of 200", first["progress"])
+    assert re.fullmatch(r"decoder blocks \d+ of 500", first["progress"])
     assert first["job"].startswith("pid ")
     assert 0 < first["seconds"] < 120
     assert first["left"] > 0

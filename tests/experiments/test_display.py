@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from experiments import display
+from experiments.views import display
 
 
 def walk(progress: display.Progress) -> list[int]:
