@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from experiments.attempts import Cancelled
+from experiments.launch.jobs import SlurmAway, SlurmRefused
 from experiments.schema import ConfigError
 from experiments.store import ResultStore
 from experiments.views.display import log_to_console
@@ -26,6 +27,12 @@ def main() -> int:
     except BrokenPipeError:  # such as `logs | head`
         sys.stderr.close()
         return 0
+    except (SlurmAway, SlurmRefused) as error:
+        print(f"error: {error}; try again when SLURM answers", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; nothing of what is finished is lost", file=sys.stderr)
+        return 2
     except (KeyboardInterrupt, Cancelled):
         return 130
 
@@ -41,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command("status", "how the trials of a sweep stand: running, queued, done, failed, and why")
     status.add_argument("sweep", nargs="?", help=SWEEP)
-    status.add_argument("--live", action="store_true", help="draw it anew until the sweep is over")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument("--live", action="store_true", help="draw it anew until the sweep is over")
+    how.add_argument("--json", action="store_true", help="as JSON")
     status.add_argument("--all", action="store_true", help="every trial, however many")
     command("wait", "follow a sweep until it is over, then show its table").add_argument("sweep", nargs="?", help=SWEEP)
     logs = command("logs", "the last lines of trials that run, failed or stopped; or the whole log of one")

@@ -35,16 +35,16 @@ HEARTBEAT_SECONDS = 5.0
 SECONDS_BETWEEN_WRITES = 1.0
 # Attributes of a file may be cached by NFS clients for a minute.
 SILENCE_SECONDS = 120.0
-# The start of a process is found from the boot's, which moves when the clock is set.
-CLOCK_SLACK_SECONDS = 5.0
+# A file that is replaced while it is read from a network file system is "stale" for a moment.
+READS, SECONDS_BETWEEN_READS = 4, 0.05
 
-End = Literal["done", "failed", "out of memory", "crashed", "interrupted", "cancelled", "lost"]
+End = Literal["done", "failed", "out of memory", "gpu", "crashed", "interrupted", "cancelled", "lost"]
 
 
 class Owner(BaseModel):
-    """A process, told from all others; `boot`: of its host, with the PID namespace; `born`: its start, a Unix time.
+    """A process, told from all others; `boot`: of its host, with the PID namespace; `born`: its start in that boot.
 
-    `job`: the SLURM job or array task that it runs in.
+    `job`: the SLURM job or array task that it runs in, started again `restarts` times.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,11 +54,19 @@ class Owner(BaseModel):
     pid: int
     born: float
     job: str | None
+    restarts: int = 0
 
     @classmethod
     def this_process(cls) -> "Owner":
         """The process that asks."""
-        return cls(host=platform.node(), boot=_boot(), pid=os.getpid(), born=_born(os.getpid()), job=job_id())
+        return cls(
+            host=platform.node(),
+            boot=_boot(),
+            pid=os.getpid(),
+            born=_born(os.getpid()),
+            job=job_id(),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        )
 
     def is_here(self) -> bool:
         """Whether its process can be looked for on this machine."""
@@ -66,7 +74,12 @@ class Owner(BaseModel):
 
     def runs(self) -> bool:
         """Whether the process is there; only for an owner that is here."""
-        return abs(_born(self.pid) - self.born) < CLOCK_SLACK_SECONDS
+        return self.born != 0 and _born(self.pid) == self.born
+
+    def replaces(self, before: "Owner") -> bool:
+        """Whether `before` is an earlier start, elsewhere, of this process's own SLURM job: SLURM has ended it."""
+        is_own_job = self.job is not None and before.job == self.job
+        return is_own_job and before.restarts < self.restarts and not before.is_here()
 
 
 class Attempt(BaseModel):
@@ -111,8 +124,14 @@ class Attempts:
     def running(self) -> Attempt | None:
         """The attempt that a live owner is making now, or None."""
         paths = self._paths()
-        attempt = _read(paths[-1]) if paths else None
+        attempt = _last(paths[-1]) if paths else None
         return attempt if attempt and _is_alive(attempt, paths[-1], time.time()) else None
+
+    def of_process(self, pid: int) -> Attempt | None:
+        """The open attempt of a process of this machine, dead or alive."""
+        found = self.all()
+        own = found and found[-1].end is None and found[-1].owner.is_here() and found[-1].owner.pid == pid
+        return found[-1] if own else None
 
     def since_failure(self) -> list[Attempt]:
         """The attempts after the last one that failed for good."""
@@ -128,20 +147,22 @@ class Attempts:
             paths = self._paths()
             with tempfile.NamedTemporaryFile("w", dir=self._folder, prefix=".claim.", encoding="utf-8") as file:
                 clock = os.stat(file.name).st_mtime  # the file system's own time, whatever this machine's is
-                last = _read(paths[-1]) if paths else None
-                if last and _is_alive(last, paths[-1], clock) and not _was_mine(last.owner, owner):
+                last = _last(paths[-1]) if paths else None
+                if (
+                    last
+                    and _is_alive(last, paths[-1], clock)
+                    and (last.owner.is_here() or not owner.replaces(last.owner))
+                ):
                     return last
                 number = int(paths[-1].stem) + 1 if paths else 1
                 attempt = Attempt(number=number, owner=owner, sweep=sweep, started_at=now())
                 file.write(to_json(attempt))
                 file.flush()
-                try:
-                    os.link(file.name, self._path(number))
-                except FileExistsError:  # another process was faster; it is the one to ask about now
+                os.fsync(file.fileno())  # another machine must not find the new file empty
+                if not _linked(file.name, self._path(number)):  # another process was faster, and is to be asked now
                     continue
             if last and last.end is None:
-                reason = f"its process on {last.owner.host} is gone"
-                self.close(last.number, "lost", reason)
+                self.close(last.number, "lost", f"its process on {last.owner.host} is gone")
             return Lease(self, attempt, self._store.sweep(sweep) / "cancelled")
 
     def close(self, number: int, end: End, reason: str = "") -> None:
@@ -275,16 +296,28 @@ def is_alive(owner: Owner, path: Path, clock: float) -> bool:
     return False
 
 
-def _was_mine(before: Owner, owner: Owner) -> bool:
-    """Whether `before` is an earlier life of this process's own SLURM job, which SLURM has ended."""
-    return owner.job is not None and before.job == owner.job and before.pid != owner.pid
+def _linked(source: str, target: Path) -> bool:
+    """Give a file a second name, unless that is taken by another; a repeated request may find its own success."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return os.stat(source).st_nlink == 2
+    return True
 
 
 def _read(path: Path) -> Attempt | None:
-    try:
-        return Attempt.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
+    for _ in range(READS):
+        try:
+            return Attempt.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            time.sleep(SECONDS_BETWEEN_READS)
+    return None
+
+
+def _last(path: Path) -> Attempt:
+    """An attempt; of one that cannot be read nothing is known but its file's age, by which it is judged."""
+    nobody = Owner(host="unknown", boot="", pid=0, born=0, job=None)
+    return _read(path) or Attempt(number=int(path.stem), owner=nobody, sweep="unknown", started_at=now())
 
 
 def _boot() -> str:
@@ -295,9 +328,14 @@ def _boot() -> str:
 
 
 def _born(pid: int) -> float:
-    """When a process started, a Unix time; 0 when it is not there or a zombie."""
+    """When a process started, in clock ticks of the boot (a Unix time where there is no /proc); 0 when it is gone."""
+    if Path("/proc/self/stat").exists():
+        try:
+            state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0
+        return 0 if state in "ZX" else int(fields[18])
     try:
-        process = psutil.Process(pid)
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        return psutil.Process(pid).create_time()
     except psutil.Error:
-        return 0.0
+        return 0

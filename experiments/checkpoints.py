@@ -1,7 +1,7 @@
 """What an unfinished trial has so far, on disk: quantized decoder blocks and evaluations, each whole or absent.
 
 blocks/0003.<sha256>.safetensors    a block's tensors; its report is in the file's metadata
-evaluations/<name>.<sha256>.json    what was measured
+evaluations/<name>.<sha256>.json    what was measured; original.<sha256>.safetensors: states of the original model
 
 A file's name holds the hash of its content, so that it appears by one rename and proves itself when read.
 """
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_STATES_BYTES = 2**30
+
 
 class Checkpoint:
     """The saved parts of one trial: `wush.SavedBlocks`, and evaluations.
 
     `made_by`: versions of the code that the parts depend on; parts of other code are reported and not used.
-    `device`: where this attempt runs; parts made elsewhere are used, with a warning. `warnings`: this attempt's, kept
-    with the block that they came up in. `check` is called before each write, and raises when the trial is not ours.
+    `device`: where this attempt runs; parts made elsewhere are used, with a warning. `warnings`: this attempt's; each
+    block keeps those in force. `check` is called before each write, and raises when the trial is not ours.
     """
 
     def __init__(
@@ -43,7 +45,6 @@ class Checkpoint:
     ) -> None:
         self._blocks, self._evaluations = folder / "blocks", folder / "evaluations"
         self._made_by, self._device, self._warnings, self._check = made_by, device, warnings, check
-        self._warned = len(warnings)
         self._told: set[str] = set()
         self.restored: list[int] = []
 
@@ -56,14 +57,12 @@ class Checkpoint:
         if not self._is_ours(about, "decoder blocks"):
             return None
         self._warnings.extend(warning for warning in about["warnings"] if warning not in self._warnings)
-        self._warned = len(self._warnings)
         self.restored.append(index)
         return _report(about["report"]), tensors
 
     def save(self, report: "wush.BlockReport", tensors: "dict[str, Tensor]") -> None:
         """Write a block; a disk that is full is a warning, as the trial can go on without."""
-        about = self._origin() | {"report": asdict(report), "warnings": self._warnings[self._warned :]}
-        self._warned = len(self._warnings)
+        about = self._origin() | {"report": asdict(report), "warnings": self._warnings}
         self._write(self._blocks, f"{report.index:04d}", "safetensors", _packed(tensors, about))
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
@@ -79,6 +78,19 @@ class Checkpoint:
         content = json.dumps(self._origin() | {"values": values}).encode()
         self._write(self._evaluations, name, "json", content)
 
+    def states(self) -> "Tensor | None":
+        """The original model's last hidden states on the evaluated text, saved before; None as `load`."""
+        found = self._read(self._evaluations, "original.*.safetensors", "the original's states")
+        if found is None:
+            return None
+        about, tensors = _unpacked(found)
+        return tensors["states"] if self._is_ours(about, "states of the original") else None
+
+    def save_states(self, states: "Tensor") -> None:
+        """Write the original's states, unless they are so large that making them again is as fast as reading them."""
+        if states.nbytes <= MAX_STATES_BYTES:
+            self._write(self._evaluations, "original", "safetensors", _packed({"states": states}, self._origin()))
+
     def remove(self, keep_blocks: bool = False) -> None:
         """Forget the parts of a trial that is done."""
         for folder in (self._evaluations,) if keep_blocks else (self._blocks, self._evaluations):
@@ -89,7 +101,11 @@ class Checkpoint:
 
     def _read(self, folder: Path, pattern: str, what: str) -> bytes | None:
         for path in sorted(folder.glob(pattern)):
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                log.warning("%s: the saved file cannot be read (%s); it is made again", what, error)
+                continue
             if hashlib.sha256(content).hexdigest() == path.name.split(".")[1]:
                 return content
             log.warning("%s: the saved file is damaged (%s); it is made again", what, path.name)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ import yaml
 from experiments import plans
 from experiments.attempts import Attempts
 from experiments.launch import driver
+from experiments.launch import jobs as slurm_jobs
 from experiments.launch.choose import launch_of
 from experiments.launch.settings import validate_launcher
 from experiments.schema import ConfigError
-from experiments.standing import Follower, Status, job_states
+from experiments.standing import ALIVE, Follower, Status, job_states
 from experiments.store import ResultStore, write_atomically
 from experiments.sweep import Sweep
 from experiments.views import status as view
@@ -65,7 +67,7 @@ def wait(store: ResultStore, name: str | None) -> int:
     statuses = view.watch(sweep.name, Follower(sweep).look, view.ROWS_SHOWN)
     try:
         summarize(sweep.name, Standing(sweep).look(), store)
-    except PermissionError as error:  # somebody else's sweep
+    except OSError as error:  # somebody else's sweep, or nowhere to write
         print(f"not written: {error}", file=sys.stderr)
     for one in statuses:
         if one.state == "stopped":
@@ -76,6 +78,8 @@ def wait(store: ResultStore, name: str | None) -> int:
 def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) -> int:
     """Print the log of a trial, or the last lines of every trial that runs, failed or stopped."""
     sweep, _ = find(store, name)
+    if trial is None and follow:
+        raise ConfigError("logs --follow: name the sweep and the trial to follow; `status` lists them")
     if trial is None:
         for one in Follower(sweep).look():
             if one.state in ("running", "failed", "stopped"):
@@ -96,24 +100,24 @@ def cancel(store: ResultStore, name: str | None) -> int:
     """End what runs of a sweep, and what is queued; finished trials and decoder blocks stay."""
     sweep, _ = find(store, name)
     write_atomically(store.sweep(sweep.name) / "cancelled", "")
-    missing = [one.trial_id for one in Follower(sweep).look() if one.state in ("running", "queued")]
-    jobs = [job.job_id for job in job_states(store, sweep.name, missing).values()]
+    left = {one.trial_id: one.state for one in Follower(sweep).look() if one.state in ("running", "queued")}
+    local = {trial_id for trial_id in left if _interrupt(Attempts(store, trial_id), sweep.name)}
+    states = job_states(store, sweep.name, [trial_id for trial_id in left if trial_id not in local])
+    jobs = {trial_id: job.job_id for trial_id, job in states.items() if job.state in ALIVE}
     if jobs:
-        from experiments.launch import jobs as slurm_jobs
-
-        slurm_jobs.cancel(jobs)
-    ended = sum(_interrupt(Attempts(store, trial_id), sweep.name) for trial_id in missing)
-    others = len(missing) - len(jobs) - ended
-    print(
-        f"{len(jobs)} jobs cancelled, {ended} processes of this machine told to stop"
-        + (f"; {others} trials elsewhere stop within seconds, or were not begun" if others else "")
-    )
+        slurm_jobs.cancel(list(jobs.values()))
+    others = Counter(state for trial_id, state in left.items() if trial_id not in local and trial_id not in jobs)
+    print(f"cancelled: jobs {len(jobs)}, processes of this machine {len(local)}, trials not begun {others['queued']}")
+    if others["running"]:
+        print(f"trials that run elsewhere and stop within seconds: {others['running']}")
     print(f"go on later with: python -m experiments retry {sweep.name}")
     return 0
 
 
 def retry(store: ResultStore, name: str | None, launcher: str | None, overrides: Sequence[str]) -> int:
     """Run the trials of a sweep that are not done, in the way it was launched or in another one."""
+    if name and "=" in name and name not in plans.names(store):  # a key of the launcher, for the sweep planned last
+        overrides, name = [name, *overrides], None
     sweep, node = find(store, name)
     if launcher is not None:
         node = _launcher_node(launcher)
@@ -192,10 +196,11 @@ def _print_end(one: Status, paths: Sequence[Path]) -> None:
 def _print_file(path: Path, store: ResultStore, trial_id: str, follow: bool) -> None:
     with path.open(errors="replace") as file:
         sys.stdout.write(file.read())
-        while follow and not store.record(trial_id) and not store.failure(trial_id):
+        while follow and Attempts(store, trial_id).running():
             time.sleep(1)
             sys.stdout.write(file.read())
             sys.stdout.flush()
+        sys.stdout.write(file.read())
 
 
 def _interrupt(attempts: Attempts, sweep: str) -> bool:

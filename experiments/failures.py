@@ -49,14 +49,16 @@ def classify(error: BaseException) -> Kind:
 
 
 def may_go_on(attempts: Sequence[Attempt]) -> bool:
-    """Whether a trial whose last attempt did not finish it is tried again: out of memory once, lost ones always.
+    """Whether a trial whose last attempt did not finish it is tried again.
+
+    After it ran out of memory or the GPU failed: once. After it was lost or interrupted: always.
 
     `attempts`: those since its last failure.
     """
     if not attempts:
         return True
-    if attempts[-1].end == "out of memory":
-        return memory_failures(attempts) < 2
+    if attempts[-1].end in ("out of memory", "gpu"):
+        return sum(attempt.end == attempts[-1].end for attempt in attempts) < 2
     return attempts[-1].end in ("lost", "interrupted", None)
 
 

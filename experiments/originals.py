@@ -13,10 +13,8 @@ from hydra.utils import instantiate
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-import wush
 from experiments.identity import hash_of
 from wush.models import LoadedModel
-from wush.progress import Progress
 
 
 class Originals:
@@ -46,13 +44,10 @@ class Originals:
             self._windows[key] = cut()
         return self._windows[key]
 
-    def states(
-        self, loaded: LoadedModel, windows: Tensor, text: dict[str, Any], batch_size: int, progress: Progress
-    ) -> Tensor:
-        """The original's states for evaluation windows, which are of a text's identity."""
+    def states(self, text: dict[str, Any], make: Callable[[], Tensor]) -> Tensor:
+        """The original's states for the evaluation windows of a text's identity, made the first time."""
         key = hash_of(text)
         if self._states is None or self._states[0] != key:
             self._states = None
-            found = wush.original_states(loaded.model, windows, batch_size=batch_size, progress=progress)
-            self._states = key, found
+            self._states = key, make()
         return self._states[1]

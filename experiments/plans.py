@@ -39,22 +39,28 @@ def load(store: ResultStore, name: str) -> tuple[Sweep, dict[str, Any]]:
     try:
         content = json.loads(path.read_bytes())
         trials = tuple(Trial(**{key: trial[key] for key in _TRIAL}) for trial in content["trials"])
-        return Sweep(name, trials, store, content["progress"]), content["launcher"]
+        launcher = dict(content["launcher"])
+        if not trials:
+            raise ValueError("it has no trials")
+        return Sweep(name, trials, store, content["progress"]), launcher
     except FileNotFoundError:
         known = ", ".join(names(store)) or "none"
         raise ConfigError(f"no sweep {name!r} in {store.root}; there are: {known}") from None
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); start the sweep again to plan it anew") from error
 
 
-def driver_file(store: ResultStore, name: str) -> Path:
-    """The file that says which process runs a sweep, while one does."""
-    return store.sweep(name) / "driver.json"
+def driver_file(store: ResultStore, name: str, owner: Owner) -> Path:
+    """The file that says that a process runs a sweep, while it does."""
+    return store.sweep(name) / "drivers" / f"{owner.host}-{owner.pid}.json"
 
 
 def is_driven(store: ResultStore, name: str) -> bool:
     """Whether a live process runs a sweep."""
-    path = driver_file(store, name)
+    return any(_is_live(path) for path in (store.sweep(name) / "drivers").glob("*.json"))
+
+
+def _is_live(path: Path) -> bool:
     try:
         return is_alive(Owner.model_validate_json(path.read_bytes()), path, time.time())
     except (OSError, ValueError):

@@ -2,12 +2,12 @@
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from experiments import plans
 from experiments.attempts import Attempt, Attempts
-from experiments.launch.jobs import JobState, states, why_waiting
+from experiments.launch.jobs import SILENT, JobState, states, why_waiting
+from experiments.launch.submitted import ended_as, job_of_trial
 from experiments.records import Failure, Outcome, Result
 from experiments.store import ResultStore
 from experiments.sweep import Sweep
@@ -92,19 +92,20 @@ class Status:
 
 
 class Follower:
-    """Reads the statuses of a sweep, look after look."""
+    """Reads the statuses of a sweep, look after look; `jobs` are those of its trials not done, at the last look."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
+        self.jobs: dict[str, JobState] = {}
         self._standing = Standing(sweep)
         self._interruptions: dict[str, int] = {}
 
     def look(self) -> list[Status]:
         """Every trial's status now, in the sweep's order."""
         outcomes = self._standing.look()
-        jobs = job_states(self.sweep.store, self.sweep.name, [o.trial_id for o in outcomes if not o.result])
+        self.jobs = job_states(self.sweep.store, self.sweep.name, [o.trial_id for o in outcomes if not o.result])
         driven = plans.is_driven(self.sweep.store, self.sweep.name)
-        return [self._status(outcome, jobs.get(outcome.trial_id), driven) for outcome in outcomes]
+        return [self._status(outcome, self.jobs.get(outcome.trial_id), driven) for outcome in outcomes]
 
     def _status(self, outcome: Outcome, job: JobState | None, driven: bool) -> Status:
         own: dict[str, Any] = {"trial_id": outcome.trial_id, "name": outcome.name, "labels": outcome.labels}
@@ -119,12 +120,18 @@ class Follower:
             return _queued(own, job)
         if outcome.failure:
             return _failed(own, outcome.failure, history)
+        if job and job.state == SILENT:
+            return Status(**own, state="queued", job=job.job_id, reason=f"unknown: {job.reason}")
         return _queued(own, None) if job is None and driven else self._stopped(own, history, job)
 
     def _stopped(self, own: dict[str, Any], history: list[Attempt], job: JobState | None) -> Status:
         """Nothing runs it and nothing will, until it is retried."""
+        folder = self.sweep.store.sweep(self.sweep.name)
+        if (folder / "cancelled").exists():
+            host, ran = (history[-1].owner.host, history[-1].owner.job) if history else ("", None)
+            return Status(**own, state="stopped", host=host, job=job.job_id if job else ran or "", reason="cancelled")
         if job:
-            end = _end_in_log(self.sweep.store.sweep(self.sweep.name), job.job_id) or job.state
+            end = ended_as(folder, job.job_id) or job.state
             reason = f"its job ended without a result: {end}" + (f" ({job.reason})" if job.reason else "")
             return Status(**own, state="stopped", host=job.node or "", job=job.job_id, reason=reason)
         if not history:
@@ -139,9 +146,8 @@ def job_states(store: ResultStore, sweep: str, trial_ids: list[str]) -> dict[str
     folder = store.sweep(sweep)
     if not (folder / "jobs.json").exists():
         return {}
-    from experiments.launch.slurm import job_of_trial  # submitit takes its time to import
-
-    jobs = {trial_id: job for trial_id, job in job_of_trial(folder).items() if trial_id in set(trial_ids)}
+    wanted = set(trial_ids)
+    jobs = {trial_id: job for trial_id, job in job_of_trial(folder).items() if trial_id in wanted}
     found = states(jobs.values())
     return {trial_id: found[job] for trial_id, job in jobs.items()}
 
@@ -199,9 +205,3 @@ def _queued(own: dict[str, Any], job: JobState | None) -> Status:
 def _failed(own: dict[str, Any], failure: Failure, history: list[Attempt]) -> Status:
     job = history[-1].owner.job or "" if history else ""
     return Status(**own, state="failed", host=failure.host, job=job, reason=failure.reason, advice=failure.advice or "")
-
-
-def _end_in_log(folder: Path, job_id: str) -> str | None:
-    from experiments.launch.slurm import ended_as
-
-    return ended_as(folder, job_id)

@@ -82,10 +82,18 @@ class _Attempt:
         return 1 if self.one_window else self.trial.config[text]["batch_size"]
 
 
+class GpuLost(Exception):
+    """The GPU failed, and this process cannot use it any more; the trial is to be tried again by another."""
+
+
 class TrialRunner:
     """Runs trials one after the other, keeping what they can share: the store, the tracker and the original model."""
 
-    def __init__(self, store: ResultStore, sweep: str, tracking: Tracking, progress: Progress) -> None:
+    def __init__(
+        self, store: ResultStore, sweep: str, tracking: Tracking, progress: Progress, replaceable: bool = False
+    ) -> None:
+        """`replaceable`: another process goes on when a GPU fails, which this one cannot use any more."""
+        self._replaceable = replaceable
         self.store = store
         self.sweep = sweep
         self.tracking = tracking
@@ -96,7 +104,7 @@ class TrialRunner:
         """The trial's record, or why it failed; both are in the store. Or the attempt of a process that runs it now.
 
         What was saved of an earlier attempt is used. Out of memory is tried again once, one window at a time. Only
-        an interrupt and `Cancelled` are raised.
+        an interrupt, `Cancelled` and `GpuLost` are raised.
         """
         attempts = Attempts(self.store, trial.trial_id)
         while True:
@@ -126,6 +134,7 @@ class TrialRunner:
                 lease.check()
                 return self._logged_attempt(attempt, attempts.since_failure())
         except AttemptLost:
+            self._taken_over(trial)
             return None
         except (KeyboardInterrupt, Cancelled) as error:
             self._interrupted(attempt, error)
@@ -163,7 +172,7 @@ class TrialRunner:
         held_out = self._windows(attempt, loaded, "evaluation")
         calibration = self._windows(attempt, loaded, "calibration") if "calibration" in trial.identity else None
         _warn_if_same_text(attempt.data)
-        states = self._states(attempt, loaded, held_out)
+        states = self._states(attempt, loaded, held_out, checkpoint)
         if calibration is not None:
             self._quantize(attempt, loaded, calibration, checkpoint)
         self._evaluate(attempt, loaded, held_out, states, checkpoint)
@@ -180,8 +189,7 @@ class TrialRunner:
         try:
             attempt.lease.check()
         except AttemptLost:
-            log.warning("trial %s: this process was silent for long, another has taken it over", attempt.trial.trial_id)
-            return
+            return self._taken_over(attempt.trial)
         except Cancelled as cancelled:
             error = cancelled
         cancelled_now = isinstance(error, Cancelled)
@@ -189,16 +197,24 @@ class TrialRunner:
         self.tracking.interrupt("cancelled" if cancelled_now else "interrupted")
         raise error
 
+    def _taken_over(self, trial: Trial) -> None:
+        log.warning("trial %s: this process was silent for long, and another has taken it over", trial.trial_id)
+        self.tracking.interrupt("taken over by another process")
+
     def _failed(self, attempt: _Attempt, attempts: Attempts, error: BaseException) -> Failure | None:
-        """Record why an attempt failed; None when it is tried again."""
-        kind = classify(error)
-        if kind == "out of memory":
-            attempt.lease.end(kind, one_line(error))
+        """Record why an attempt failed; None when it is tried again, here or by who has taken it over."""
+        if attempts.superseded(attempt.lease.number):
+            self._taken_over(attempt.trial)
+            return None
+        kind, reason = classify(error), one_line(error)
+        if kind == "out of memory" or (kind == "gpu" and self._replaceable):
+            attempt.lease.end(kind, reason)
             if may_go_on(attempts.since_failure()):
-                log.warning(
-                    "trial %s: %s; tried again with one window at a time", attempt.trial.trial_id, one_line(error)
-                )
+                how = "one window at a time" if kind == "out of memory" else "in another process"
+                log.warning("trial %s: %s; tried again %s", attempt.trial.trial_id, reason, how)
                 self.tracking.interrupt(kind)
+                if kind == "gpu":
+                    raise GpuLost(reason) from error
                 return None
         failure = self._fail(attempt, error, kind)
         attempt.lease.end("failed", failure.reason)
@@ -247,12 +263,21 @@ class TrialRunner:
         attempt.data[name] = Data(text_sha256=planned["sha256"], ids_sha256=sha256_of_ids(ids), tokens=ids.numel())
         return ids
 
-    def _states(self, attempt: _Attempt, loaded: LoadedModel, held_out: Tensor) -> Tensor:
+    def _states(self, attempt: _Attempt, loaded: LoadedModel, held_out: Tensor, checkpoint: Checkpoint) -> Tensor:
+        import wush
         from experiments.environment import measured
 
-        text, size = attempt.trial.identity["evaluation"], attempt.batch_size("evaluation")
+        def make() -> Tensor:
+            saved = checkpoint.states()
+            if saved is not None:
+                return saved
+            size, watched = attempt.batch_size("evaluation"), self._watched(attempt)
+            states = wush.original_states(loaded.model, held_out, batch_size=size, progress=watched)
+            checkpoint.save_states(states)
+            return states
+
         with measured(attempt.stages, "original", attempt.device):
-            return self._originals.states(loaded, held_out, text, size, self._watched(attempt))
+            return self._originals.states(attempt.trial.identity["evaluation"], make)
 
     def _quantize(self, attempt: _Attempt, loaded: LoadedModel, calibration: Tensor, checkpoint: Checkpoint) -> None:
         from hydra.utils import instantiate

@@ -5,13 +5,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
 from experiments import plans
 from experiments.attempts import HEARTBEAT_SECONDS, Owner
 from experiments.identity import hash_of
 from experiments.records import Outcome
-from experiments.standing import Standing
+from experiments.schema import ConfigError
+from experiments.standing import Follower, Standing
 from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
 from experiments.trial import Trial
@@ -24,7 +26,7 @@ REFRESH_SHARE = 0.05
 
 
 class SweepFailed(Exception):
-    """Some trials failed; the summary has been shown."""
+    """Some trials failed, or were left undone; the summary has been shown."""
 
 
 class Board:
@@ -61,7 +63,7 @@ class Launch(Protocol):
 
 
 def run(sweep: Sweep, launch: Launch) -> list[Outcome]:
-    """Run the trials that are not done, then show and write the summary; raises `SweepFailed` if any failed.
+    """Run the trials that are not done, then show and write the summary; raises `SweepFailed` unless all are done.
 
     The table and the report are written as trials finish, so that an interrupt leaves those of what is finished.
     """
@@ -70,6 +72,7 @@ def run(sweep: Sweep, launch: Launch) -> list[Outcome]:
     outcomes = board.look()
     done = {outcome.trial_id for outcome in outcomes if outcome.result}
     pending = by_original([trial for trial in sweep.trials if trial.trial_id not in done])
+    _check_left_out(sweep)
     if pending:
         launch.check(sweep)
     plans.save(sweep, launch.settings)
@@ -80,20 +83,45 @@ def run(sweep: Sweep, launch: Launch) -> list[Outcome]:
             launch(pending, board)
         outcomes = board.look()
     summarize(sweep.name, outcomes, sweep.store)
-    if any(outcome.state == "failed" for outcome in outcomes):
+    left_to_others = launch.settings.get("detach") or launch.settings["busy"] == "skip"
+    if any(outcome.state == "failed" or (not outcome.result and not left_to_others) for outcome in outcomes):
         raise SweepFailed
     return outcomes
+
+
+def _check_left_out(sweep: Sweep) -> None:
+    """Raise `ConfigError` when the sweep's plan would be replaced while trials run that the new one has not."""
+    if sweep.name not in plans.names(sweep.store):
+        return
+    try:
+        before, _ = plans.load(sweep.store, sweep.name)
+    except ConfigError:  # it cannot be read, and is to be replaced
+        return
+    kept = {trial.trial_id for trial in sweep.trials}
+    dropped = tuple(trial for trial in before.trials if trial.trial_id not in kept)
+    if not dropped:
+        return
+    statuses = Follower(replace(before, trials=dropped)).look()
+    busy = [one.trial_id for one in statuses if one.state == "running" or (one.state == "queued" and one.job)]
+    if busy:
+        raise ConfigError(
+            f"sweep={sweep.name}: {len(busy)} trials of the sweep of that name still run or wait in the cluster's "
+            f"queue ({', '.join(busy[:3])}) and are not in this one; choose another sweep=NAME, or first: "
+            f"python -m experiments cancel {sweep.name}"
+        )
 
 
 @contextmanager
 def _announced(sweep: Sweep) -> Iterator[None]:
     """While open, a file says that this process runs the sweep; written anew every few seconds."""
-    path, done = plans.driver_file(sweep.store, sweep.name), threading.Event()
+    owner, done = Owner.this_process(), threading.Event()
+    path = plans.driver_file(sweep.store, sweep.name, owner)
 
     def announce() -> None:
         while True:
             with suppress(OSError):
-                write_atomically(path, to_json(Owner.this_process()), durable=False)
+                path.parent.mkdir(exist_ok=True)
+                write_atomically(path, to_json(owner), durable=False)
             if done.wait(HEARTBEAT_SECONDS):
                 return
 
@@ -105,6 +133,8 @@ def _announced(sweep: Sweep) -> Iterator[None]:
         done.set()
         thread.join()
         path.unlink(missing_ok=True)
+        with suppress(OSError):  # another driver's file is there
+            path.parent.rmdir()
 
 
 def by_original(trials: Sequence[Trial]) -> list[Trial]:

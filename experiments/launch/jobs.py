@@ -1,6 +1,5 @@
 """What SLURM says about jobs: their states, why they wait, and how to end or restart them."""
 
-import logging
 import os
 import re
 import subprocess
@@ -8,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-log = logging.getLogger(__name__)
-
 FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "StartTime")
-UNKNOWN = "UNKNOWN"
+UNKNOWN = "UNKNOWN"  # SLURM answered, and does not know the job any more
+SILENT = "NO ANSWER"  # SLURM, or a way to ask it, is not there now
 IDS_A_COMMAND = 500
 # What squeue shows in place of the state while something is done to a job.
 PASSING = {
@@ -55,7 +53,7 @@ class SlurmRefused(RuntimeError):
 
 @dataclass(frozen=True)
 class JobState:
-    """One job: `state` is SLURM's word or `UNKNOWN`; `restarts`: how often it was queued again."""
+    """One job: `state` is SLURM's word, `UNKNOWN` or `SILENT`; `restarts`: how often it was queued again."""
 
     job_id: str
     state: str
@@ -79,10 +77,23 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
         silent = str(error)
     if any(job_id not in known for job_id in wanted):
         known = _accounted(arrays) | known
-    if silent is not None:
-        log.warning("%s; the states of its jobs may be old or unknown", silent)
-    missing = silent or "SLURM no longer knows this job"
-    return {job_id: known.get(job_id) or JobState(job_id, UNKNOWN, missing) for job_id in wanted}
+    state, reason = (SILENT, silent) if silent else (UNKNOWN, "SLURM no longer knows this job")
+    return {job_id: known.get(job_id) or JobState(job_id, state, reason) for job_id in wanted}
+
+
+def named(names: Sequence[str]) -> dict[str, list[str]]:
+    """The jobs of each name that wait or run. Raises `SlurmAway`."""
+    if not names:
+        return {}
+    fields = "--Format=JobArrayID:|,Name:|"
+    done = _done(("squeue", "--noheader", "--array", f"--name={','.join(names)}", fields), 60)
+    if done.returncode:
+        raise SlurmAway(f"squeue: {done.stderr.strip()}")
+    found: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        job_id, name = line.split("|")[:2]
+        found.setdefault(name, []).append(job_id)
+    return found
 
 
 def why_waiting(reason: str | None) -> str | None:

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.attempts import Attempt, Attempts
+from experiments.attempts import Attempt, Attempts, Cancelled
 from experiments.launch.driver import Board
 from experiments.launch.settings import LocalSettings
-from experiments.records import Record, now
-from experiments.store import ResultStore
+from experiments.records import Failure, Record, now
 from experiments.sweep import Sweep
 from experiments.trial import Trial, TrialRunner
 from experiments.views.display import showing
@@ -39,23 +38,26 @@ class LocalLaunch:
         with showing(sweep.progress) as progress:
             runner = TrialRunner(sweep.store, sweep.name, tracking, progress)
             for trial in progress.track(pending, "trials", len(pending)):
-                if not _run(trial, runner):
+                found = _run(trial, runner)
+                if isinstance(found, Attempt):
                     busy.append(trial)
                 board.refresh()
+                if isinstance(found, Failure) and found.kind == "gpu":
+                    log.error("the GPU cannot be used by this process any more; the trials that are left need another")
+                    return
         if self._busy == "wait":
-            wait_for(busy, sweep.store, lambda trial: _run(trial, runner), board.refresh)
+            wait_for(busy, board, lambda trial: not isinstance(_run(trial, runner), Attempt))
 
 
-def _run(trial: Trial, runner: TrialRunner) -> bool:
-    """Run a trial; False when another process is running it."""
+def _run(trial: Trial, runner: TrialRunner) -> Record | Failure | Attempt:
+    """Run a trial, and say how it came out."""
     log.info("trial %s: %s", trial.trial_id, trial.name)
     found = runner.run(trial)
     if isinstance(found, Attempt):
         tell_busy(trial, found)
-        return False
-    if isinstance(found, Record):
+    elif isinstance(found, Record):
         log.info("trial %s: perplexity %.3f, KL %.4f", trial.trial_id, found.metrics.perplexity, found.metrics.kl)
-    return True
+    return found
 
 
 def tell_busy(trial: Trial, attempt: Attempt) -> None:
@@ -65,12 +67,15 @@ def tell_busy(trial: Trial, attempt: Attempt) -> None:
     log.info("trial %s: running already in sweep %s, %s", trial.trial_id, attempt.sweep, where)
 
 
-def wait_for(
-    busy: Sequence[Trial], store: ResultStore, run: Callable[[Trial], bool], refresh: Callable[[], None]
-) -> None:
-    """Wait for trials that other processes run; one whose process is gone without a result is run here."""
-    since, waiting = now(), list(busy)
+def wait_for(busy: Sequence[Trial], board: Board, run: Callable[[Trial], bool]) -> None:
+    """Wait for trials that other processes run; one whose process is gone without a result is run here.
+
+    `run` says whether it could run a trial. Raises `Cancelled`.
+    """
+    store, since, waiting = board.sweep.store, now(), list(busy)
     while waiting:
+        if (store.sweep(board.sweep.name) / "cancelled").exists():
+            raise Cancelled
         for trial in list(waiting):
             if Attempts(store, trial.trial_id).running():
                 continue
@@ -78,7 +83,7 @@ def wait_for(
             theirs = failure is not None and failure.failed_at >= since
             if theirs or store.finished(trial.trial_id) or run(trial):
                 waiting.remove(trial)
-                refresh()
+                board.refresh()
         if waiting:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 

@@ -56,12 +56,7 @@ class LocalParallelLaunch:
         if self._own.busy == "wait" and busy:
             worker = Worker(own[0], folder / "worker-0.log")
             try:
-                wait_for(
-                    busy,
-                    sweep.store,
-                    lambda trial: worker.run(sweep.store, sweep.name, trial) != "busy",
-                    board.refresh,
-                )
+                wait_for(busy, board, lambda trial: worker.run(sweep.store, sweep.name, trial) != "busy")
             finally:
                 worker.close()
 

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).parent.parent.parent
 GRACE_SECONDS = 10.0
+MAX_WORKERS_A_TRIAL = 4
+LINES_OF_A_CRASH = 30
 SECONDS_BETWEEN_REPORTS = 20.0
 
 
@@ -44,50 +46,61 @@ class Worker:
     environment: dict[str, str]
     log_file: Path
     _process: subprocess.Popen[str] | None = None
+    _last: subprocess.Popen[str] | None = None
     _lock: "threading.RLock" = field(default_factory=threading.RLock)  # a signal handler may close too
     _closed: bool = False
 
-    def run(self, store: ResultStore, sweep: str, trial: Trial) -> str:
-        """`done`, `failed`, `busy`, `cancelled` or `interrupted`; what a dead worker leaves is recorded here."""
-        while True:
-            state = self._ask({"root": str(store.root), "sweep": sweep, "trial": asdict(trial)})
-            if state is not None:
-                return state
-            state = _after_death(store, sweep, trial, self._ended(), self.log_file)
-            if state is not None:
-                return state
+    def run(self, store: ResultStore, sweep: str, trial: Trial, in_job: bool = False) -> str:
+        """`done`, `failed`, `busy`, `cancelled` or `interrupted`; what a dead worker leaves is recorded here.
 
-    def close(self) -> None:
-        """End the process: it marks its attempt as interrupted, and is killed when it takes long."""
+        A worker that somebody else ends is replaced, but not `in_job`: a cluster ends what it ends.
+        """
+        for _ in range(MAX_WORKERS_A_TRIAL):
+            answer = self._ask({"root": str(store.root), "sweep": sweep, "trial": asdict(trial)})
+            process, self._last = self._last, None
+            if self._closed:
+                return "interrupted"
+            if answer is None:
+                assert process is not None
+                state = _after_death(store, sweep, trial, process.pid, process.returncode, self.log_file)
+            else:
+                state = answer["state"]
+            if state in ("done", "failed", "busy", "cancelled") or (in_job and state == "interrupted"):
+                return state
+        return record_failure(store, sweep, trial, "crash", f"its process ended {MAX_WORKERS_A_TRIAL} times")
+
+    def tell_to_end(self) -> None:
+        """Have the process mark its attempt as interrupted, and end; no other is started."""
         with self._lock:
             self._closed = True
-            process, self._process = self._process, None
-        if process is None:
-            return
-        process.terminate()
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(GRACE_SECONDS)  # with a limit: a wait without one cannot be entered again by a signal handler
+            if self._process:
+                self._process.terminate()
 
-    def _ask(self, message: dict[str, Any]) -> str | None:
-        """Have the process do a trial; None when it died."""
+    def close(self) -> None:
+        """End the process, and wait for it."""
+        self.tell_to_end()
+        with self._lock:
+            process, self._process = self._process, None
+        if process:
+            _end(process)
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any] | None:
+        """Have the process do a trial; None when it died, and is `_last`."""
         process = self._started()
         if process is None:
-            return "interrupted"
+            return None
         assert process.stdin is not None
         assert process.stdout is not None
+        answer = None
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-            for line in process.stdout:
-                answer = json.loads(line)
-                if "state" in answer:
-                    return answer["state"]
+            answer = next((one for one in map(json.loads, process.stdout) if "state" in one), None)
         except BrokenPipeError:
             pass
-        return "interrupted" if self._closed else None
+        if answer is None or answer["ends"]:
+            self._forget(process)
+        return answer
 
     def _started(self) -> subprocess.Popen[str] | None:
         with self._lock:
@@ -107,11 +120,26 @@ class Worker:
                 )
             return self._process
 
-    def _ended(self) -> int:
-        """The exit code of the process that died."""
+    def _forget(self, process: subprocess.Popen[str]) -> None:
+        """Leave a process that has ended, or is about to."""
         with self._lock:
-            process, self._process = self._process, None
-        return process.wait() if process else 0
+            if self._process is process:
+                self._process = None
+        _end(process)
+        self._last = process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that was told to end, and kill it when it takes long.
+
+    With a limit: a wait without one cannot be entered again by a signal handler.
+    """
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+        return
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
 
 
 def run_all(
@@ -151,6 +179,8 @@ def run_all(
     finally:
         waiting.clear()
         for worker in workers:
+            worker.tell_to_end()
+        for worker in workers:
             worker.close()
 
 
@@ -170,7 +200,7 @@ def run_in_job(root: str, sweep: str, trial_id: str) -> None:
         return
     worker = Worker({}, store.trial(trial_id) / "worker.log")
     _in_job.append(worker)
-    state = worker.run(store, sweep, trial)
+    state = worker.run(store, sweep, trial, in_job=True)
     log.info("trial %s: %s", trial_id, state)
     if state == "interrupted":
         time.sleep(600)
@@ -184,13 +214,16 @@ def run_in_job(root: str, sweep: str, trial_id: str) -> None:
 def _refresh(store: ResultStore, name: str) -> None:
     """Write the sweep's table and report, unless another job did a moment ago and will not have been the last."""
     sweep, _ = plans.load(store, name)
-    outcomes = Standing(sweep).look()
-    report = store.sweep(name) / "report.html"
+    report, recent = store.sweep(name) / "report.html", False
     with suppress(FileNotFoundError):
         recent = time.time() - report.stat().st_mtime < SECONDS_BETWEEN_REPORTS
-        if recent and any(outcome.state in ("queued", "running") for outcome in outcomes):
-            return
-    write(name, outcomes, store)
+    if recent and any(not _is_over(store, trial.trial_id) for trial in sweep.trials):
+        return
+    write(name, Standing(sweep).look(), store)
+
+
+def _is_over(store: ResultStore, trial_id: str) -> bool:
+    return any((store.trial(trial_id) / name).exists() for name in ("result.json", "failure.json"))
 
 
 def interrupt() -> None:
@@ -212,30 +245,43 @@ def _planned(store: ResultStore, sweep: str, trial_id: str) -> Trial:
     raise RuntimeError(f"trial {trial_id} is not in the plan of sweep {sweep} any more: it was planned anew")
 
 
-def _after_death(store: ResultStore, sweep: str, trial: Trial, code: int, log_file: Path) -> str | None:
-    """Record how a worker's death ended its trial: the trial's state, or None when it is to be run again."""
+def _after_death(store: ResultStore, sweep: str, trial: Trial, pid: int, code: int, log_file: Path) -> str:
+    """Record how a worker's death ended its attempt: the trial's state, `again` when it is to be run again."""
     attempts = Attempts(store, trial.trial_id)
+    own = attempts.of_process(pid)
     if store.finished(trial.trial_id):
         return "done"
     if code in (-signal.SIGTERM, -signal.SIGINT):
         return "interrupted"
-    number = attempts.all()[-1].number if attempts.all() else 0
     if code == -signal.SIGKILL:
         reason = "its process was killed (SIGKILL), as the system does when memory runs out"
-        attempts.close(number, "out of memory", reason)
         log.warning("trial %s: %s", trial.trial_id, reason)
-        if may_go_on(attempts.since_failure()):
-            return None
+        if own:
+            attempts.close(own.number, "out of memory", reason)
+        if not own or may_go_on(attempts.since_failure()):
+            return "again"
         return record_failure(store, sweep, trial, "out of memory", reason)
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    attempts.close(number, "crashed", how)
-    return record_failure(store, sweep, trial, "crash", f"its process crashed ({how}): {_last_line(log_file)}")
+    if own:
+        attempts.close(own.number, "crashed", how)
+    said = _last_lines(log_file)
+    with suppress(OSError), (store.trial(trial.trial_id) / "trial.log").open("a", encoding="utf-8") as log_of_trial:
+        log_of_trial.write("\n".join(["the last lines of its process:", *said, ""]))
+    last = said[-1] if said else "no output"
+    return record_failure(store, sweep, trial, "crash", f"its process crashed ({how}): {last}")
 
 
-def record_failure(store: ResultStore, sweep: str, trial: Trial, kind: Kind, reason: str) -> str:
-    """Record a failure that the trial's own process could not; its state."""
+def record_failure(
+    store: ResultStore, sweep: str, trial: Trial, kind: Kind, reason: str, host: str | None = None
+) -> str:
+    """Record a failure that the trial's own process could not; its state, `busy` when another process runs it.
+
+    `host`: where it failed, if not here.
+    """
     from hydra.utils import instantiate
 
+    if Attempts(store, trial.trial_id).running():
+        return "busy"
     folder = store.trial(trial.trial_id)
     folder.mkdir(parents=True, exist_ok=True)
     log.error("trial %s failed: %s", trial.trial_id, reason)
@@ -245,7 +291,7 @@ def record_failure(store: ResultStore, sweep: str, trial: Trial, kind: Kind, rea
             reason=reason,
             kind=kind,
             advice=ADVICE[kind],
-            host=platform.node(),
+            host=host or platform.node(),
             environment={},
             failed_at=now(),
         )
@@ -257,9 +303,8 @@ def record_failure(store: ResultStore, sweep: str, trial: Trial, kind: Kind, rea
     return "failed"
 
 
-def _last_line(path: Path) -> str:
+def _last_lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(errors="replace").strip().splitlines()
+        return path.read_text(errors="replace").strip().splitlines()[-LINES_OF_A_CRASH:]
     except OSError:
-        lines = []
-    return lines[-1] if lines else "no output"
+        return []

@@ -7,28 +7,26 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import submitit
-from pydantic import BaseModel
 from submitit.core.job_environment import JobEnvironment
 from submitit.core.logger import get_logger
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths, UncompletedJobError
 
 from experiments.launch.jobs import SlurmAway, call, states
-from experiments.launch.settings import SlurmSettings
+from experiments.launch.settings import SlurmSettings, validate_launcher
+from experiments.launch.submitted import Submission, forget, keep, submissions, unrecorded
 from experiments.records import now
 from experiments.schema import ConfigError
-from experiments.store import to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +46,6 @@ REMEDIES = (
     (r"feature|unrecognized|Invalid", "extra", "one of the options in it is not right on this cluster"),
 )
 
-# What slurmstepd writes into a job's log when it ends the job. For want of memory the job's own state is FAILED only:
-# it is a step of the job that ran out.
-LAST_WORDS = (
-    (r"oom-kill event|exceeded memory limit", "OUT_OF_MEMORY"),
-    (r"CANCELLED AT .* DUE TO TIME LIMIT", "TIMEOUT"),
-    (r"CANCELLED AT .* DUE TO NODE FAILURE", "NODE_FAIL"),
-    (r"CANCELLED AT .* DUE TO PREEMPTION", "PREEMPTED"),
-)
-TAIL = 1 << 16
 SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
@@ -75,20 +64,6 @@ class Job:
     job_id: str
     trial_id: str
     log_file: Path
-
-
-class Submission(BaseModel):
-    """One call of sbatch: when, the trial of each job, and the settings in force."""
-
-    submitted_at: datetime
-    jobs: dict[str, str]
-    settings: dict[str, Any]
-
-
-class Submissions(BaseModel):
-    """A sweep's jobs.json."""
-
-    submissions: list[Submission] = []
 
 
 @dataclass
@@ -162,71 +137,114 @@ def check_available() -> None:
 def submit(sweep_name: str, folder: Path, trial_ids: Sequence[str], settings: SlurmSettings) -> list[Job]:
     """Submit a job for each trial, in as few arrays as the cluster allows.
 
-    `folder`: the sweep's; jobs.json and jobs/ are written there. Raises `SubmissionError` with sbatch's own words; what
-    was submitted before is recorded.
+    `folder`: the sweep's; jobs.json and jobs/ are written there. Jobs that a killed process has submitted are taken as
+    they are. Raises `SubmissionError` with sbatch's own words; what was submitted before is recorded.
     """
     if not trial_ids:
         return []
     size = _max_array_size()
-    arrays = [trial_ids[i : i + size] for i in range(0, len(trial_ids), size)]
-    jobs: list[Job] = []
-    ids: list[str] = []
-    (folder / "jobs").mkdir(parents=True, exist_ok=True)
     with _locked(folder), _clean_environment(settings):
+        try:
+            jobs = [job for job in _adopt(folder) if job.trial_id in set(trial_ids)]
+        except SlurmAway as error:
+            raise SubmissionError(f"{error}; nothing was submitted, try again when SLURM answers") from error
+        there = {job.trial_id for job in jobs}
+        wanted = [trial_id for trial_id in trial_ids if trial_id not in there]
+        arrays = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+        ids: list[str] = []
         for number, part in enumerate(arrays):
             # No more than `array_parallelism` jobs of the whole sweep at once: arrays share it, or follow each other.
             share = max(1, settings.array_parallelism // len(arrays))
             after = ids[number - settings.array_parallelism] if number >= settings.array_parallelism else None
-            executor = _executor(sweep_name, folder / "jobs", settings, share, after)
-            calls = [TrialJob(str(folder.parents[1]), sweep_name, one, f"{settings.minutes} min") for one in part]
             try:
-                found = executor.submit_array(calls)
+                new = _submit_array(_job_name(sweep_name), folder, part, settings, share, after)
             except (FailedJobError, FailedSubmissionError) as error:
-                _remove_unsubmitted(folder / "jobs")
+                jobs += [job for job in _left_behind(folder) if job.trial_id in part]
                 raise SubmissionError(_explain(str(error), settings, len(jobs), len(trial_ids)), jobs) from error
-            new = [Job(job.job_id, one, job.paths.stdout) for job, one in zip(found, part, strict=True)]
-            _record(folder, new, settings)
             jobs += new
             ids.append(new[0].job_id.partition("_")[0])
     return jobs
 
 
-def submissions(folder: Path) -> list[Submission]:
-    """What was submitted for a sweep, in order; `folder` is the sweep's."""
-    try:
-        return Submissions.model_validate_json((folder / "jobs.json").read_bytes()).submissions
-    except FileNotFoundError:
+def adopt(folder: Path) -> list[Job]:
+    """Record the jobs that a process submitted and was killed before it could; `folder` is the sweep's.
+
+    Those of a SLURM that does not answer now are left for the next time.
+    """
+    if not any(one.intended for one in submissions(folder)):
         return []
+    with _locked(folder), suppress(SlurmAway):
+        return _adopt(folder)
+    return []
 
 
-def job_of_trial(folder: Path) -> dict[str, str]:
-    """The last job submitted for each trial of a sweep; `folder` is the sweep's."""
-    return {trial_id: job_id for one in submissions(folder) for job_id, trial_id in one.jobs.items()}
+def _submit_array(
+    name: str, folder: Path, trial_ids: Sequence[str], settings: SlurmSettings, share: int, after: str | None
+) -> list[Job]:
+    """One call of sbatch, written down before and after."""
+    kept = settings.model_dump(mode="json", by_alias=True)
+    own = Submission(submitted_at=now(), name=name, intended=list(trial_ids), settings=kept)
+    keep(folder, own)
+    executor = _executor(name, folder / "jobs", settings, share, after)
+    found = executor.submit_array([_trial_job(folder, one, settings) for one in trial_ids])
+    new = [Job(job.job_id, one, job.paths.stdout) for job, one in zip(found, trial_ids, strict=True)]
+    keep(folder, own.model_copy(update={"intended": [], "jobs": {job.job_id: job.trial_id for job in new}}))
+    return new
 
 
-def log_file(folder: Path, job_id: str) -> Path:
-    """The file that takes what a job prints, all its starts one after the other; `folder` is the sweep's."""
-    return folder / "jobs" / f"{job_id}_0_log.out"
+def _adopt(folder: Path) -> list[Job]:
+    """As `adopt`, for who has the lock; raises `SlurmAway`."""
+    jobs: list[Job] = []
+    for one in unrecorded(folder):
+        if not one.jobs:
+            forget(folder, one)
+            continue
+        settings = validate_launcher(one.settings)
+        assert isinstance(settings, SlurmSettings)
+        for job_id, trial_id in one.jobs.items():
+            paths = JobPaths(folder / "jobs", job_id)
+            _give_pickle(paths.submitted_pickle, _trial_job(folder, trial_id, settings), settings)
+            jobs.append(Job(job_id, trial_id, paths.stdout))
+        keep(folder, one.model_copy(update={"intended": []}))
+        log.warning("%d jobs named %s are there, submitted by a process that was killed", len(one.jobs), one.name)
+    return jobs
 
 
-def ended_as(folder: Path, job_id: str) -> str | None:
-    """The state that the last start of a job ended in, as its log tells it; None when the log does not."""
-    try:
-        with log_file(folder, job_id).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            last = file.read().decode(errors="replace").rpartition("Starting with JobEnvironment")[2]
-    except FileNotFoundError:
-        return None
-    return next((state for pattern, state in LAST_WORDS if re.search(pattern, last)), None)
+def _left_behind(folder: Path) -> list[Job]:
+    """The jobs that SLURM took although sbatch failed, as it does when the answer is late."""
+    _remove_unsubmitted(folder / "jobs")
+    with suppress(SlurmAway):
+        return _adopt(folder)
+    return []
+
+
+def _give_pickle(path: Path, own: TrialJob, settings: SlurmSettings) -> None:
+    """Write what a job runs where submitit, which waits a minute for it, has not."""
+    if path.exists():
+        return
+    delayed = DelayedSubmission(own)
+    delayed.set_timeout(settings.minutes, settings.max_timeouts)
+    half_written = path.with_suffix(".new")
+    delayed.dump(half_written)
+    half_written.replace(path)
+
+
+def _trial_job(folder: Path, trial_id: str, settings: SlurmSettings) -> TrialJob:
+    return TrialJob(str(folder.parents[1]), folder.name, trial_id, f"{settings.minutes} min")
+
+
+def _job_name(sweep_name: str) -> str:
+    """One for each call of sbatch, to find its jobs by; squeue takes names with commas between."""
+    return f"{sweep_name.replace(',', '_')}.{secrets.token_hex(4)}"
 
 
 def _executor(
-    sweep_name: str, folder: Path, settings: SlurmSettings, parallelism: int, after: str | None
+    name: str, folder: Path, settings: SlurmSettings, parallelism: int, after: str | None
 ) -> submitit.SlurmExecutor:
     """What writes the pickles and calls sbatch."""
     executor = submitit.SlurmExecutor(folder, max_num_timeout=settings.max_timeouts)
     executor.update_parameters(
-        job_name=sweep_name,
+        job_name=name,
         partition=settings.partition,
         account=settings.account,
         qos=settings.qos,
@@ -258,6 +276,7 @@ def _max_array_size() -> int:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let no other process submit jobs of this sweep meanwhile."""
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
     with (folder / "jobs" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -279,15 +298,6 @@ def _clean_environment(settings: SlurmSettings) -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def _record(folder: Path, jobs: Sequence[Job], settings: SlurmSettings) -> None:
-    own = Submission(
-        submitted_at=now(),
-        jobs={job.job_id: job.trial_id for job in jobs},
-        settings=settings.model_dump(mode="json", by_alias=True),
-    )
-    write_atomically(folder / "jobs.json", to_json(Submissions(submissions=[*submissions(folder), own])))
 
 
 def _remove_unsubmitted(folder: Path) -> None:

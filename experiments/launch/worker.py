@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from experiments.attempts import Attempt, Cancelled
 from experiments.records import Failure, Record
 from experiments.store import ResultStore
-from experiments.trial import Trial, TrialRunner
+from experiments.trial import GpuLost, Trial, TrialRunner
 from experiments.views.display import log_to_console, showing
 
 
@@ -44,7 +44,7 @@ def _serve(requests: "queue.Queue[str]", answers: TextIO) -> None:
         runner = runners.get(key) or runners.setdefault(key, _runner(message, trial))
         answer = _run(runner, trial)
         _answer(answers, answer)
-        if answer["state"] == "interrupted":
+        if answer["ends"]:
             raise KeyboardInterrupt
 
 
@@ -53,18 +53,22 @@ def _runner(message: dict[str, Any], trial: Trial) -> TrialRunner:
 
     with showing("lines") as progress:
         return TrialRunner(
-            ResultStore(message["root"]), message["sweep"], instantiate(trial.config["tracking"]), progress
+            ResultStore(message["root"]), message["sweep"], instantiate(trial.config["tracking"]), progress, True
         )
 
 
 def _run(runner: TrialRunner, trial: Trial) -> dict[str, Any]:
-    """How a trial came out, in a line."""
+    """How a trial came out, in a line; `ends` when this process is of no more use."""
     try:
         found = runner.run(trial)
-    except (KeyboardInterrupt, Cancelled) as error:
-        return {"trial_id": trial.trial_id, "state": "cancelled" if isinstance(error, Cancelled) else "interrupted"}
+    except KeyboardInterrupt:
+        return {"state": "interrupted", "ends": True}
+    except GpuLost:
+        return {"state": "again", "ends": True}
+    except Cancelled:
+        return {"state": "cancelled", "ends": False}
     state = {Record: "done", Failure: "failed", Attempt: "busy"}[type(found)]
-    return {"trial_id": trial.trial_id, "state": state}
+    return {"state": state, "ends": isinstance(found, Failure) and found.kind == "gpu"}
 
 
 def _listen(stdin: TextIO, requests: queue.Queue[str]) -> None:

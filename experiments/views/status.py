@@ -35,7 +35,8 @@ def counts(statuses: Sequence[Status]) -> str:
 
 def to_table(name: str, statuses: Sequence[Status], rows: int | None = ROWS_SHOWN) -> Group:
     """The table, what needs attention first; at most so many rows, all when None."""
-    common = {key: value for key, value in statuses[0].labels.items() if _is_common(key, value, statuses)}
+    labels = statuses[0].labels if statuses else {}
+    common = {key: value for key, value in labels.items() if _is_common(key, value, statuses)}
     table = Table(title=_title(name, common), box=SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False)
     for column in ("trial", "", "state", "where", "time", "left", "KL", "again"):
         table.add_column(column, justify="right" if column in ("time", "left", "KL", "again") else "left")
@@ -57,7 +58,7 @@ def to_json(name: str, statuses: Sequence[Status]) -> str:
     return json.dumps(content, indent=2)
 
 
-def watch(name: str, look: Callable[[], list[Status]], rows: int | None, until_over: bool = True) -> list[Status]:
+def watch(name: str, look: Callable[[], list[Status]], rows: int | None) -> list[Status]:
     """Draw the table anew every few seconds, until the sweep is over; without a terminal, lines when counts change."""
     console = Console()
     statuses = look()

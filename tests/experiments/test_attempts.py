@@ -133,20 +133,29 @@ def test_a_cancelled_sweep_ends_its_attempts_and_no_others(tmp_path: Path) -> No
         lease.check()
 
 
-def test_a_job_that_slurm_starts_again_takes_its_own_trial_over_at_once(
+def test_a_job_that_slurm_starts_again_elsewhere_takes_its_own_trial_over_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     claimed(tmp_path)
     elsewhere(tmp_path, 0)
-    assert isinstance(of(tmp_path).claim("mine"), Attempt), "it is this very process"
-    path = next(tmp_path.rglob("0001.json"))
-    path.write_text(path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 1'))
-    assert claimed(tmp_path).number == 2
+    assert isinstance(of(tmp_path).claim("mine"), Attempt), "two processes of one job"
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    elsewhere(tmp_path, 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert isinstance(of(tmp_path).claim("mine"), Attempt), "another task's trial"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert claimed(tmp_path).number == 2
+
+
+def test_two_live_processes_of_one_job_do_not_take_trials_from_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: list["subprocess.Popen[str]"]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    others.append(other(tmp_path))
+    assert answer(others[0]) == "lease"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert isinstance(of(tmp_path).claim("mine"), Attempt)
 
 
 def test_an_ended_attempt_frees_the_trial_and_keeps_its_first_end(tmp_path: Path) -> None:
@@ -179,14 +188,47 @@ def test_progress_is_in_the_attempts_file(tmp_path: Path) -> None:
 def test_a_process_that_ended_is_not_mistaken_for_one_that_has_its_number(tmp_path: Path) -> None:
     owner = Owner.this_process()
     assert owner.runs()
-    assert not owner.model_copy(update={"born": owner.born - 60}).runs()
+    assert not owner.model_copy(update={"born": owner.born - 1}).runs()
     assert not owner.model_copy(update={"boot": "another"}).is_here()
 
 
-def test_an_attempts_file_that_cannot_be_read_is_no_lock(tmp_path: Path) -> None:
+def test_an_attempt_that_cannot_be_read_is_judged_by_its_files_age(tmp_path: Path) -> None:
     claimed(tmp_path)
-    next(tmp_path.rglob("0001.json")).write_text("{")
+    path = next(tmp_path.rglob("0001.json"))
+    path.write_text("{")
+    assert isinstance(of(tmp_path).claim("mine"), Attempt)
+    os.utime(path, (time.time() - module.SILENCE_SECONDS - 10,) * 2)
     assert claimed(tmp_path).number == 2
+
+
+def test_a_file_that_is_stale_for_a_moment_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed(tmp_path)
+    answers = iter([OSError(116, "Stale file handle"), OSError(2, "No such file or directory")])
+    read_bytes = Path.read_bytes
+
+    def stale(path: Path) -> bytes:
+        error = next(answers, None)
+        if error:
+            raise error
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    running = of(tmp_path).running()
+    assert running is not None
+    assert running.owner == Owner.this_process()
+
+
+def test_a_claim_that_was_granted_and_reported_taken_is_granted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def repeated(source: str, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert claimed(tmp_path).number == 1
 
 
 def test_attempts_since_the_last_failure_count_alone(tmp_path: Path) -> None:

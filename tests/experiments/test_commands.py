@@ -102,7 +102,7 @@ def test_cancel_stops_a_sweep_and_retry_goes_on(cli: Cli, drivers: list["subproc
     wait_until(lambda: blocks(cli) >= 3)
     cancelled = cli.experiments("cancel")
     assert cancelled.returncode == 0, cancelled.stderr
-    assert "1 processes of this machine told to stop" in cancelled.stdout
+    assert "jobs 0, processes of this machine 1, trials not begun 1" in cancelled.stdout
     output, _ = drivers[0].communicate(timeout=30)
     assert drivers[0].returncode == 130, output
     assert states(cli) == ["stopped", "stopped"]
@@ -185,6 +185,85 @@ def test_what_is_not_there_is_an_error_with_what_is(arguments: list[str], messag
     assert failed.returncode == 2
     assert message in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_key_without_a_sweep_is_for_the_sweep_planned_last(cli: Cli) -> None:
+    cli.small("-m", "sweep=mine", "format=bf16")
+    retried = cli.experiments("retry", "busy=skip")
+    assert retried.returncode == 0, retried.stderr
+    assert "1 of 1 trials already done" in retried.stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "{", '{"trials": [1]}', '{"trials": [], "launcher": {}, "progress": ""}']
+)
+def test_a_damaged_plan_is_an_error_with_a_remedy(content: str, cli: Cli) -> None:
+    cli.small("-m", "sweep=mine", "format=bf16")
+    (cli.folder / "results" / "sweeps" / "mine" / "plan.json").write_text(content)
+    for command in (["status"], ["retry", "mine"], ["cancel", "mine"]):
+        failed = cli.experiments(*command)
+        assert failed.returncode == 2
+        assert "start the sweep again to plan it anew" in failed.stderr
+    assert cli.small("-m", "sweep=mine", "format=bf16").returncode == 0
+
+
+def test_a_sweep_of_the_same_name_does_not_replace_one_that_runs(
+    cli: Cli, drivers: list["subprocess.Popen[str]"]
+) -> None:
+    drivers.append(start(cli, "sweep=mine", DEEP))
+    wait_until(lambda: blocks(cli) >= 1)
+    refused = cli.small("-m", "sweep=mine", "format=bf16")
+    assert refused.returncode == 2
+    assert "choose another sweep=NAME" in refused.stderr
+    assert len(status(cli, "mine")["trials"]) == 1
+    more = cli.small("-m", "sweep=other", "format=bf16")
+    assert more.returncode == 0
+
+
+def test_a_driver_that_waits_for_anothers_trial_can_be_cancelled(
+    cli: Cli, drivers: list["subprocess.Popen[str]"]
+) -> None:
+    drivers.append(start(cli, "sweep=theirs", DEEP))
+    wait_until(lambda: blocks(cli) >= 1)
+    drivers.append(start(cli, "sweep=mine", DEEP))
+    wait_until(lambda: states(cli, "mine") == ["running"])
+    assert cli.experiments("cancel", "mine").returncode == 0
+    drivers[1].communicate(timeout=20)
+    assert drivers[1].returncode == 130
+    assert states(cli, "theirs") == ["running"]
+
+
+def test_a_second_drivers_end_does_not_hide_the_first(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
+    drivers.append(start(cli, "sweep=mine", DEEP, "seed=0,1"))
+    wait_until(lambda: blocks(cli) >= 1)
+    assert cli.small("-m", "sweep=mine", DEEP, "seed=0,1", "hydra.launcher.busy=skip").returncode in (0, 1)
+    assert "stopped" not in states(cli, "mine")
+
+
+def test_a_plan_runs_nothing_and_says_what_would_run(cli: Cli) -> None:
+    cli.small("-m", "format=mxfp4")
+    before = {path: path.stat().st_mtime_ns for path in cli.folder.rglob("*")}
+    for launcher in ("local", "local_parallel", "slurm"):
+        planned = cli.experiments("plan", *SMALL, "format=mxfp4,int4", f"hydra/launcher={launcher}")
+        assert planned.returncode == 0, planned.stderr
+        assert "2 trials: 1 done already, 1 to run" in planned.stdout
+    wrong = cli.experiments("plan", *SMALL, "format=mxfp4,mxfp5", "hydra/launcher=slurm", "hydra.launcher.time=0")
+    assert wrong.returncode == 2
+    assert "format=mxfp5: unknown option" in wrong.stderr
+    assert "hydra.launcher.time=0: should be" in wrong.stderr
+    assert {path: path.stat().st_mtime_ns for path in cli.folder.rglob("*")} == before
+
+
+def test_two_sides_are_compared_and_written_where_asked(cli: Cli) -> None:
+    cli.small("-m", "format=mxfp4", "transform=h,wush", "seed=0,1")
+    files = ("--output", "both.csv", "--wandb-json", "report.json")
+    compared = cli.experiments("compare", "transform=h", "transform=wush", *files)
+    assert compared.returncode == 0, compared.stderr
+    assert "B - A" in compared.stdout
+    assert (cli.folder / "both.csv").read_text().count("KL") == 1
+    assert "transform=wush" in (cli.folder / "report.json").read_text()
+    assert cli.experiments("compare", "transform=h", "transform=x").returncode == 2
+    assert cli.experiments("compare", "transform=h", "transform=wush", "--wandb", "project").returncode == 2
 
 
 def test_status_without_any_sweep_says_how_to_start_one(cli: Cli) -> None:

@@ -10,10 +10,11 @@ import torch
 import wush
 from experiments import sweep
 from experiments.attempts import Attempt, Attempts, Owner
+from experiments.checkpoints import Checkpoint
 from experiments.failures import ADVICE, classify, may_go_on
 from experiments.records import Failure, Record, now
 from experiments.tracking import NoTracking
-from experiments.trial import TrialRunner
+from experiments.trial import GpuLost, TrialRunner
 from tests.experiments.conftest import composed
 from wush.progress import Silent
 
@@ -130,3 +131,48 @@ def test_an_interrupt_is_an_ended_attempt_and_no_failure(tmp_path: Path, monkeyp
     resumed = TrialRunner(planned.store, "s", NoTracking(), Silent()).run(planned.trials[0])
     assert isinstance(resumed, Record)
     assert resumed.restored_blocks == 2
+
+
+def test_a_gpu_that_fails_is_left_to_another_process_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr("wush.quantize", broken, raising=False)
+    planned = sweep.plan([composed(f"results={tmp_path}")], [])
+    worker = TrialRunner(planned.store, "s", NoTracking(), Silent(), replaceable=True)
+    with pytest.raises(GpuLost):
+        worker.run(planned.trials[0])
+    failure = worker.run(planned.trials[0])
+    assert isinstance(failure, Failure)
+    assert failure.kind == "gpu"
+
+
+def test_what_was_made_one_window_at_a_time_says_so_however_often_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = []
+    save = Checkpoint.save
+
+    def full(self: Checkpoint, *arguments: Any) -> None:
+        save(self, *arguments)
+        saves.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "save", full)
+        assert isinstance(run(tmp_path)[0], Failure)
+    assert len(saves) == 2, "the second block was made one window at a time"
+    found, _ = run(tmp_path)
+    assert isinstance(found, Record)
+    assert found.restored_blocks == 2
+    assert any("one window at a time" in warning for warning in found.warnings)
+
+
+def test_the_original_is_evaluated_once_however_often_a_trial_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("wush.quantize", None, raising=False)
+        assert isinstance(run(tmp_path)[0], Failure)
+    monkeypatch.setattr("wush.original_states", None, raising=False)
+    assert isinstance(run(tmp_path)[0], Record)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from experiments import sweep
-from experiments.attempts import Attempts
+from experiments.attempts import Attempts, Lease
 from experiments.launch import driver, pool
 from experiments.launch.choose import launch_of
 from experiments.launch.local_parallel import environments
@@ -126,6 +126,39 @@ def test_a_worker_killed_twice_fails_its_trial_with_advice(tmp_path: Path, ambus
     assert failed.failure is not None
     assert "SIGKILL" in failed.failure.reason
     assert "more memory" in (failed.failure.advice or "")
+
+
+def test_a_worker_that_somebody_ends_is_replaced_and_its_trial_goes_on(
+    tmp_path: Path, ambush: Callable[[str, int], Path]
+) -> None:
+    ambush("os.kill(os.getpid(), signal.SIGTERM); __import__('time').sleep(60)", 1)
+    own = planned(tmp_path / "results", 3, 1)
+    assert [outcome.state for outcome in outcomes(own, workers=1)] == ["done", "done"]
+    assert [one.end for one in attempts(own, 0).all()] == ["interrupted", "done"]
+
+
+def test_workers_that_are_killed_before_they_begin_are_not_replaced_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if 'experiments.launch.worker' in ' '.join(sys.orig_argv): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (failed,) = outcomes(planned(tmp_path / "results", 1), workers=1)
+    assert failed.failure is not None
+    assert "ended 4 times" in failed.failure.reason
+
+
+def test_a_dead_worker_ends_no_attempt_but_its_own(tmp_path: Path) -> None:
+    own = planned(tmp_path, 1)
+    trial, log = own.trials[0], tmp_path / "log"
+    lease = Attempts(own.store, trial.trial_id).claim("another")
+    assert isinstance(lease, Lease)
+    assert pool._after_death(own.store, "mine", trial, 1, -signal.SIGKILL, log) == "again"
+    assert pool._after_death(own.store, "mine", trial, 1, -signal.SIGSEGV, log) == "busy"
+    assert Attempts(own.store, trial.trial_id).running() is not None
+    assert own.store.failure(trial.trial_id) is None
 
 
 def test_a_dead_parent_leaves_no_worker_and_the_sweep_goes_on(tmp_path: Path) -> None:

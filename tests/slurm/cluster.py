@@ -129,7 +129,7 @@ class Cluster:
             "first_job_id": 100_000 + 1000 * secrets.randbelow(60_000),
         }
         self._conf = CTLD + (CGROUPS if cgroups else POLLING) + (ACCOUNTING if accounting else "")
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Start every daemon and wait until the node takes jobs."""
@@ -138,20 +138,30 @@ class Cluster:
         until("munged answers", (self.folder / "munge.socket").exists)
         if self.accounting:
             self._start_accounting()
-        self._daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        self.start_controller()
         self._daemon("slurmd", "-D", "-f", str(self.folder / "slurm.conf"))
         until("slurmd answers", lambda: "idle" in self.call("sinfo", "-h", "-p", "main", "-o", "%T"))
 
     def stop(self) -> None:
         """End every daemon, the last started first."""
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
-        for daemon in self._daemons:
+        for daemon in self._daemons.values():
             try:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
         self._daemons.clear()
+
+    def start_controller(self) -> None:
+        """Start slurmctld, or start it again, with what it knew."""
+        self._daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+
+    def stop_controller(self) -> None:
+        """End slurmctld; jobs go on without it."""
+        controller = self._daemons.pop("slurmctld")
+        controller.terminate()
+        controller.wait(timeout=20)
 
     def cancel_all(self) -> None:
         """End every job, and wait until none is left."""
@@ -204,15 +214,13 @@ class Cluster:
         program = _which(command[0])
         assert program is not None, command[0]
         with (self.folder / f"{command[0]}.out").open("ab") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    ["setpriv", "--pdeathsig", "TERM", program, *command[1:]],
-                    env=os.environ | self.env | {"SLURM_CONF": str(self.folder / "slurm.conf")},
-                    stdout=output,
-                    stderr=output,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+            self._daemons[command[0]] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", program, *command[1:]],
+                env=os.environ | self.env | {"SLURM_CONF": str(self.folder / "slurm.conf")},
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def _checked(self, *command: str) -> None:

@@ -6,9 +6,12 @@ A test takes `slurm` (or `slurm_accounting`) and finds SLURM_CONF set, so that w
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.experiments.conftest import cli as cli
+from tests.experiments.test_commands import drivers as drivers
 from tests.slurm.cluster import Cluster, missing
 
 
@@ -38,6 +41,15 @@ def _used(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
 def memory_is_limited_by_the_kernel() -> bool:
     """Whether SLURM can use cgroups here, as real clusters do: then only a process that takes too much is killed."""
     return os.geteuid() == 0 and os.access("/sys/fs/cgroup/memory", os.W_OK)
+
+
+def lay_in_wait(monkeypatch: pytest.MonkeyPatch, folder: Path, before: str = "", after: str = "") -> None:
+    """Have shell lines run before and after sbatch, whoever calls it."""
+    own = folder / "bin" / "sbatch"
+    own.parent.mkdir(parents=True)
+    own.write_text(f'#!/bin/sh\n{before}\n{shutil.which("sbatch")} "$@"\n{after}\n')
+    own.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{own.parent}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
+from experiments.benchmarks.submission import seconds_to_submit
 from experiments.launch import jobs as slurm_jobs
 from experiments.launch import slurm as launcher
-from experiments.launch.jobs import states, why_waiting
+from experiments.launch import submitted
+from experiments.launch.jobs import SILENT, states, why_waiting
 from experiments.launch.settings import SlurmSettings, validate_launcher
+from experiments.records import now
 from experiments.schema import ConfigError
 from tests.slurm.cluster import MAX_ARRAY_SIZE, Cluster, until
-from tests.slurm.conftest import memory_is_limited_by_the_kernel
+from tests.slurm.conftest import lay_in_wait, memory_is_limited_by_the_kernel
 
 pytestmark = pytest.mark.slurm
 STANDIN = Path(__file__).parent / "standin"
@@ -80,15 +83,15 @@ def test_every_trial_of_an_array_runs_and_is_recorded(slurm: Cluster, sweep: Swe
     ends(ids, "COMPLETED")
     assert {sweep.events(trial)[-1] for trial in trials} == {"ended 0"}
     assert {sweep.events(trial)[0].split()[2] for trial in trials} == {"3"}
-    assert launcher.job_of_trial(sweep.folder) == dict(zip(trials, ids, strict=True))
-    assert all("completed successfully" in launcher.log_file(sweep.folder, job_id).read_text() for job_id in ids)
+    assert submitted.job_of_trial(sweep.folder) == dict(zip(trials, ids, strict=True))
+    assert all("completed successfully" in submitted.log_file(sweep.folder, job_id).read_text() for job_id in ids)
 
 
 def test_a_sweep_larger_than_an_array_is_split(slurm: Cluster, sweep: Sweep) -> None:
     ids = sweep.submit([f"quick.{i}" for i in range(2 * MAX_ARRAY_SIZE + 1)], partition="down", array_parallelism=2)
     arrays = list(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
     assert [sum(one.startswith(f"{array}_") for one in ids) for array in arrays[:2]] == [MAX_ARRAY_SIZE] * 2
-    assert len(launcher.submissions(sweep.folder)) == 3
+    assert len(submitted.submissions(sweep.folder)) == 3
     found = slurm.call("squeue", "--noheader", "--Format=ArrayJobID:|,Dependency:|,ArrayTaskID:|").splitlines()
     shown = dict(line.split("|", 1) for line in found)
     assert "%1" in shown[arrays[0]]
@@ -98,10 +101,22 @@ def test_a_sweep_larger_than_an_array_is_split(slurm: Cluster, sweep: Sweep) -> 
 def test_a_thousand_trials_are_submitted_and_seen_in_seconds(slurm: Cluster, sweep: Sweep) -> None:
     start = time.monotonic()
     ids = sweep.submit([f"quick.{i}" for i in range(1000)], partition="down", array_parallelism=100)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 10
     start = time.monotonic()
     assert {one.state for one in states(ids).values()} == {"PENDING"}
     assert time.monotonic() - start < 2
+
+
+def test_the_benchmark_submits_jobs_that_never_run(slurm: Cluster) -> None:
+    seconds = seconds_to_submit(60)
+    assert seconds is not None
+    assert 0 < seconds < 10
+    until("none is left", lambda: slurm.call("squeue", "--noheader") == "")
+
+
+def test_the_benchmark_without_slurm_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert seconds_to_submit(60) is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +135,7 @@ def test_a_refusal_names_the_key_in_the_words_of_sbatch(
     with pytest.raises(launcher.SubmissionError, match=words) as error:
         sweep.submit(["quick.0", "quick.1"], **given)
     assert str(error.value).startswith(f"hydra.launcher.{key}: ")
-    assert launcher.submissions(sweep.folder) == []
+    assert submitted.submissions(sweep.folder) == []
     assert [path.name for path in (sweep.folder / "jobs").iterdir()] == [".lock"]
 
 
@@ -139,7 +154,7 @@ def test_what_was_submitted_before_a_refusal_stays_recorded(slurm_accounting: Cl
     first = sweep.submit(["steps-99.a", "steps-99.b"], account="science", qos="tiny")
     with pytest.raises(launcher.SubmissionError):
         sweep.submit(["steps-99.c"], account="science", qos="tiny")
-    assert [list(one.jobs) for one in launcher.submissions(sweep.folder)] == [first]
+    assert [list(one.jobs) for one in submitted.submissions(sweep.folder)] == [first]
 
 
 def test_variables_of_a_job_around_do_not_reach_the_jobs(
@@ -151,23 +166,49 @@ def test_variables_of_a_job_around_do_not_reach_the_jobs(
     assert os.environ["SLURM_ARRAY_TASK_ID"] == "7"
 
 
+# --- what becomes of jobs that were submitted, but not recorded
+
+
+def test_an_interrupt_before_the_jobs_are_recorded_loses_none(
+    slurm: Cluster, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_in_wait(monkeypatch, sweep.root, after="kill -INT $PPID; sleep 1")
+    trials = [f"quick.{i}" for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        sweep.submit(trials)
+    monkeypatch.undo()
+    for name, value in slurm.env.items():
+        monkeypatch.setenv(name, value)
+    assert [one.jobs for one in submitted.submissions(sweep.folder)] == [{}]
+    found = submitted.job_of_trial(sweep.folder)
+    assert list(found) == trials
+    ids = sweep.submit(trials)
+    assert ids == list(found.values())
+    assert [one.jobs for one in submitted.submissions(sweep.folder)] == [{found[trial]: trial for trial in trials}]
+    ends(ids, "COMPLETED")
+    assert {len(sweep.events(trial)) for trial in trials} == {2}
+
+
+def test_jobs_that_slurm_took_while_sbatch_failed_are_recorded(
+    slurm: Cluster, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_in_wait(monkeypatch, sweep.root, after="echo 'sbatch: error: Socket timed out on send/recv' >&2; exit 1")
+    with pytest.raises(launcher.SubmissionError, match="Socket timed out") as error:
+        sweep.submit(["quick.0", "quick.1"])
+    assert [job.trial_id for job in error.value.submitted] == ["quick.0", "quick.1"]
+    ids = list(submitted.submissions(sweep.folder)[0].jobs)
+    ends(ids, "COMPLETED")
+
+
+def test_an_intent_without_jobs_is_forgotten(slurm: Cluster, sweep: Sweep) -> None:
+    own = submitted.Submission(submitted_at=now(), name="test.0", intended=["quick.0"], settings={})
+    submitted.keep(sweep.folder, own)
+    assert submitted.job_of_trial(sweep.folder) == {}
+    assert launcher.adopt(sweep.folder) == []
+    assert not (sweep.folder / "jobs.json").exists()
+
+
 # --- jobs that are ended
-
-
-def test_a_job_goes_on_after_its_time_limit_but_not_too_often(slurm: Cluster, sweep: Sweep) -> None:
-    # SLURM looks at time limits, and at who is to be told of them, every 30 seconds.
-    again = sweep.submit(["steps-170"], time=1)
-    last = sweep.submit(["steps-999"], time=1, max_timeouts=0)
-    until("the limit", lambda: "interrupted" in sweep.events("steps-170"), 60)
-    ends(again, "COMPLETED", 60)
-    assert states(again)[again[0]].restarts >= 1  # more on a busy machine
-    assert sweep.steps("steps-170") == 170
-    assert [line.split()[0] for line in sweep.events("steps-170")] == ["started", "interrupted", "started", "ended"]
-    assert state(last[0]) == "FAILED"
-    assert sweep.events("steps-999")[1:] == [
-        "interrupted",
-        "gave up, time: stopped by the time limit (1 min) more than hydra.launcher.max_timeouts times",
-    ]
 
 
 def test_a_requeued_job_goes_on(slurm: Cluster, sweep: Sweep) -> None:
@@ -179,7 +220,7 @@ def test_a_requeued_job_goes_on(slurm: Cluster, sweep: Sweep) -> None:
     ends(ids, "COMPLETED")
     assert sweep.steps("steps-20") == 20
     assert sweep.events("steps-20")[1] == "interrupted"
-    assert launcher.ended_as(sweep.folder, ids[0]) is None
+    assert submitted.ended_as(sweep.folder, ids[0]) is None
 
 
 def test_a_preempted_job_queues_itself_again(slurm: Cluster, sweep: Sweep) -> None:
@@ -209,14 +250,14 @@ def test_only_the_process_that_took_too_much_memory_is_killed(slurm: Cluster, sw
         pytest.skip("no writable memory cgroup on this machine")
     ids = sweep.submit(["hog"], memory="300M")
     until("the parent saw it", lambda: "ended -9" in sweep.events("hog"))
-    until("its log says so", lambda: launcher.ended_as(sweep.folder, ids[0]) == "OUT_OF_MEMORY")
+    until("its log says so", lambda: submitted.ended_as(sweep.folder, ids[0]) == "OUT_OF_MEMORY")
 
 
 def test_a_whole_job_killed_for_its_memory_is_seen(slurm_accounting: Cluster, sweep: Sweep) -> None:
     ids = sweep.submit(["hog"], memory="300M", account="science")
     ends(ids, "FAILED")
     assert len(sweep.events("hog")) == 1
-    assert launcher.ended_as(sweep.folder, ids[0]) == "OUT_OF_MEMORY"
+    assert submitted.ended_as(sweep.folder, ids[0]) == "OUT_OF_MEMORY"
 
 
 # --- what SLURM says
@@ -266,17 +307,16 @@ def test_an_answering_slurm_is_available(slurm: Cluster) -> None:
     launcher.check_available()
 
 
-def test_a_controller_that_does_not_answer(
-    slurm: Cluster, sweep: Sweep, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_controller_that_does_not_answer(slurm: Cluster, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = sweep.submit(["quick.0"], partition="down")
     config = Path(slurm.env["SLURM_CONF"]).read_text().replace("SlurmctldPort=", "SlurmctldPort=1 #")
     (sweep.root / "slurm.conf").write_text(config + "\nMessageTimeout=1\n")
     monkeypatch.setenv("SLURM_CONF", str(sweep.root / "slurm.conf"))
     with pytest.raises(ConfigError, match="DOWN"):
         launcher.check_available()
-    assert state(ids[0]) == "UNKNOWN"
-    assert "does not answer" in caplog.text
+    silent = states(ids)[ids[0]]
+    assert silent.state == SILENT
+    assert "does not answer" in str(silent.reason)
     with pytest.raises(slurm_jobs.SlurmAway):
         slurm_jobs.cancel(ids)
 
@@ -285,7 +325,7 @@ def test_a_machine_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="sbatch is not on PATH"):
         launcher.check_available()
-    assert state("1_0") == "UNKNOWN"
+    assert state("1_0") == SILENT
 
 
 def test_jobs_import_this_checkout_by_name(tmp_path: Path) -> None:
