@@ -148,11 +148,7 @@ class Attempts:
             with tempfile.NamedTemporaryFile("w", dir=self._folder, prefix=".claim.", encoding="utf-8") as file:
                 clock = os.stat(file.name).st_mtime  # the file system's own time, whatever this machine's is
                 last = _last(paths[-1]) if paths else None
-                if (
-                    last
-                    and _is_alive(last, paths[-1], clock)
-                    and (last.owner.is_here() or not owner.replaces(last.owner))
-                ):
+                if last and _is_alive(last, paths[-1], clock) and not owner.replaces(last.owner):
                     return last
                 number = int(paths[-1].stem) + 1 if paths else 1
                 attempt = Attempt(number=number, owner=owner, sweep=sweep, started_at=now())

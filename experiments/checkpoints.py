@@ -31,7 +31,7 @@ class Checkpoint:
     """The saved parts of one trial: `wush.SavedBlocks`, and evaluations.
 
     `made_by`: versions of the code that the parts depend on; parts of other code are reported and not used.
-    `device`: where this attempt runs; parts made elsewhere are used, with a warning. `warnings`: this attempt's; each
+    `device`: what this attempt runs on; parts made otherwise are used, with a warning. `warnings`: this attempt's; each
     block keeps those in force. `check` is called before each write, and raises when the trial is not ours.
     """
 

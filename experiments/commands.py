@@ -99,8 +99,11 @@ def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) 
 def cancel(store: ResultStore, name: str | None) -> int:
     """End what runs of a sweep, and what is queued; finished trials and decoder blocks stay."""
     sweep, _ = find(store, name)
-    write_atomically(store.sweep(sweep.name) / "cancelled", "")
     left = {one.trial_id: one.state for one in Follower(sweep).look() if one.state in ("running", "queued")}
+    if not left:
+        print(f"nothing of sweep {sweep.name} runs or waits")
+        return 0
+    write_atomically(store.sweep(sweep.name) / "cancelled", "")
     local = {trial_id for trial_id in left if _interrupt(Attempts(store, trial_id), sweep.name)}
     states = job_states(store, sweep.name, [trial_id for trial_id in left if trial_id not in local])
     jobs = {trial_id: job.job_id for trial_id, job in states.items() if job.state in ALIVE}

@@ -164,7 +164,7 @@ class TrialRunner:
         checkpoint = Checkpoint(
             self.store.trial(trial.trial_id),
             code_versions(),
-            attempt.environment["device"],
+            f"{attempt.environment['device']}, {attempt.environment['threads']} threads",
             attempt.warnings,
             attempt.lease.check,
         )

@@ -32,7 +32,7 @@ def seconds_a_trial(run: Callable[..., float], launcher: tuple[str, ...]) -> flo
 
 def saving_share(store: ResultStore, record: Record) -> float:
     """The part of a finished trial's time that saving its decoder blocks takes; its blocks must have been kept."""
-    made_by, device = code_versions(), str(record.environment["device"])
+    made_by, device = code_versions(), f"{record.environment['device']}, {record.environment['threads']} threads"
 
     def checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, made_by, device, [], lambda: None)

@@ -77,13 +77,12 @@ def environments(settings: LocalParallelSettings, device: str) -> list[dict[str,
             f"hydra.launcher.gpus={settings.gpus}: this machine has {', '.join(visible) or 'no GPU'}; "
             "choose of these, or set device=cpu"
         )
-    if gpus:
-        count = len(gpus) if settings.workers is None else min(settings.workers, len(gpus))
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
     cores = len(os.sched_getaffinity(0))
-    count = settings.workers or max(1, cores // 2)
-    threads = settings.threads or max(1, cores // count)
-    return [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}] * count
+    wanted = settings.workers or (len(gpus) if gpus else max(1, cores // 2))
+    count = min(wanted, len(gpus)) if gpus else wanted
+    threads = str(settings.threads or max(1, cores // count))
+    own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return [own | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] if gpus else [own] * count
 
 
 def _described(environment: dict[str, str]) -> str:

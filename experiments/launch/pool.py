@@ -104,7 +104,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[str] | None:
         with self._lock:
-            if self._closed or self._process:
+            if self._closed or (self._process and self._process.poll() is None):
                 return self._process
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))

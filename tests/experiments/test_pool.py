@@ -237,17 +237,27 @@ def visible(device: str, **settings: Any) -> list[dict[str, str]]:
     return environments(LocalParallelSettings(**PARALLEL | {"workers": None} | settings), device)
 
 
+def gpus(device: str, **settings: Any) -> list[str]:
+    return [own["CUDA_VISIBLE_DEVICES"] for own in visible(device, **settings)]
+
+
 @pytest.mark.usefixtures("three_gpus")
 def test_each_worker_sees_one_gpu() -> None:
-    assert visible("auto") == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
-    assert visible("cuda", gpus=[2, 0]) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "20"]
-    assert visible("auto", workers=2) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "01"]
+    assert gpus("auto") == ["0", "1", "2"]
+    assert gpus("cuda", gpus=[2, 0]) == ["2", "0"]
+    assert gpus("auto", workers=2) == ["0", "1"]
 
 
 @pytest.mark.usefixtures("three_gpus")
 def test_gpus_that_are_hidden_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-8f2c")
-    assert visible("auto") == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ("1", "GPU-8f2c")]
+    assert gpus("auto") == ["1", "GPU-8f2c"]
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_workers_on_gpus_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert {own["OMP_NUM_THREADS"] for own in visible("auto", threads=None)} == {"5"}
 
 
 @pytest.mark.usefixtures("three_gpus")
