@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from experiments.attempts import Attempts
 from experiments.launch import driver
 from experiments.launch import jobs as slurm_jobs
 from experiments.launch.choose import launch_of
-from experiments.launch.settings import validate_launcher
+from experiments.launch.settings import SlurmSettings, validate_launcher
 from experiments.schema import ConfigError
 from experiments.standing import ALIVE, Follower, Status, job_states
 from experiments.store import ResultStore, write_atomically
@@ -63,8 +63,8 @@ def wait(store: ResultStore, name: str | None) -> int:
     from experiments.standing import Standing
     from experiments.views.summary import summarize
 
-    sweep, _ = find(store, name)
-    statuses = view.watch(sweep.name, Follower(sweep).look, view.ROWS_SHOWN)
+    sweep, node = find(store, name)
+    statuses = view.watch(sweep.name, _look(sweep, node), view.ROWS_SHOWN)
     try:
         summarize(sweep.name, Standing(sweep).look(), store)
     except OSError as error:  # somebody else's sweep, or nowhere to write
@@ -73,6 +73,16 @@ def wait(store: ResultStore, name: str | None) -> int:
         if one.state == "stopped":
             print(f"{one.trial_id} {one.name}: {one.reason}; go on with: python -m experiments retry {sweep.name}")
     return _code(statuses)
+
+
+def _look(sweep: Sweep, node: dict[str, Any]) -> Callable[[], list[Status]]:
+    """How to look at a sweep until it is over: jobs that the cluster lost are seen to, in the user's own sweeps."""
+    settings = validate_launcher(node)
+    if not isinstance(settings, SlurmSettings):
+        return Follower(sweep).look
+    from experiments.launch.cluster import looks_of
+
+    return looks_of(sweep, settings)
 
 
 def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) -> int:

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "StartTime")
@@ -75,6 +75,10 @@ def states(job_ids: Iterable[str]) -> dict[str, JobState]:
         known = _queued(arrays)
     except SlurmAway as error:
         silent = str(error)
+    for job_id in wanted:  # tasks that were cancelled before they began are one line, that of their array
+        array = known.get(job_id.partition("_")[0])
+        if job_id not in known and array:
+            known[job_id] = replace(array, job_id=job_id)
     if any(job_id not in known for job_id in wanted):
         known = _accounted(arrays) | known
     state, reason = (SILENT, silent) if silent else (UNKNOWN, "SLURM no longer knows this job")

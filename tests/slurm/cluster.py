@@ -51,7 +51,7 @@ MinJobAge={min_job_age}
 KillWait=2
 CompleteWait=0
 InactiveLimit=0
-MessageTimeout=10
+MessageTimeout=4
 DefMemPerCPU=100
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=16 RealMemory=4000 Gres=gpu:2 State=UNKNOWN

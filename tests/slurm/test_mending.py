@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -169,7 +170,7 @@ def test_files_of_other_machines_are_awaited_longer(
 ) -> None:
     monkeypatch.undo()
     mounts = [("/", "ext4"), (str(tmp_path), kind)]
-    found = [psutil._common.sdiskpart("device", where, what, "") for where, what in mounts]
+    found = [SimpleNamespace(mountpoint=where, fstype=what) for where, what in mounts]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
     assert cluster.lag_seconds(tmp_path / "results" / "sweeps" / "mine") == seconds
 

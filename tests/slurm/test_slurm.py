@@ -211,28 +211,6 @@ def test_an_intent_without_jobs_is_forgotten(slurm: Cluster, sweep: Sweep) -> No
 # --- jobs that are ended
 
 
-def test_a_requeued_job_goes_on(slurm: Cluster, sweep: Sweep) -> None:
-    ids = sweep.submit(["steps-20"])
-    until("half-way", lambda: sweep.steps("steps-20") > 3)
-    slurm_jobs.requeue(ids)
-    until("queued again", lambda: states(ids)[ids[0]].restarts == 1)
-    assert "queued again" in str(why_waiting("BeginTime"))
-    ends(ids, "COMPLETED")
-    assert sweep.steps("steps-20") == 20
-    assert sweep.events("steps-20")[1] == "interrupted"
-    assert submitted.ended_as(sweep.folder, ids[0]) is None
-
-
-def test_a_preempted_job_queues_itself_again(slurm: Cluster, sweep: Sweep) -> None:
-    ids = sweep.submit(["steps-30"], partition="low", cpus=16)
-    until("half-way", lambda: sweep.steps("steps-30") > 3)
-    slurm.call("sbatch", "--partition=high", "--cpus-per-task=16", "--output=/dev/null", "--wrap=sleep 1")
-    until("interrupted", lambda: "interrupted" in sweep.events("steps-30"), 10)
-    ends(ids, "COMPLETED")
-    assert states(ids)[ids[0]].restarts == 1
-    assert sweep.steps("steps-30") == 30
-
-
 def test_a_cancelled_job_ends_with_its_worker(slurm: Cluster, sweep: Sweep) -> None:
     ids = sweep.submit(["steps-999.a", "steps-999.b"])
     until("both run", lambda: all(sweep.steps(f"steps-999.{name}") for name in "ab"))
@@ -241,6 +219,12 @@ def test_a_cancelled_job_ends_with_its_worker(slurm: Cluster, sweep: Sweep) -> N
     assert sweep.events("steps-999.a")[-1] == "interrupted"
     assert gone(sweep.events("steps-999.a")[0])
     assert state(ids[1]) == "RUNNING"
+    slurm_jobs.cancel(ids)
+    ends(ids, "CANCELLED", 5)
+
+
+def test_jobs_cancelled_before_they_begin_are_known(slurm: Cluster, sweep: Sweep) -> None:
+    ids = sweep.submit(["quick.0", "quick.1"], partition="down")
     slurm_jobs.cancel(ids)
     ends(ids, "CANCELLED", 5)
 
