@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     retry.add_argument("sweep", nargs="?", help=SWEEP)
     retry.add_argument("overrides", nargs="*", help="keys of hydra.launcher, such as time=480 memory=128G")
     retry.add_argument("--launcher", help="another launcher: local, local_parallel or slurm")
-    plan = commands.add_parser("plan", help="what a sweep would run, what is done, and the time and memory to expect")
+    plan = command("plan", "what a sweep would run, what is done, and the time and memory to expect")
     plan.add_argument("overrides", nargs="*", help="as for run.py -m, such as format=mxfp4,nvfp4 transform=h,wush")
     compare = command("compare", "two sides trial by trial: metrics of each, differences, and their standard errors")
     compare.add_argument(
@@ -104,7 +104,8 @@ def _run(arguments: argparse.Namespace, store: ResultStore) -> int:
         case "plan":
             from experiments import app
 
-            app.plan(arguments.overrides)
+            results = [f"results={arguments.results}"] if arguments.results else []
+            app.plan([*arguments.overrides, *results])
             return 0
         case "compare":
             return commands.compare(

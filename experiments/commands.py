@@ -27,7 +27,7 @@ from experiments.standing import ALIVE, Follower, Status, job_states
 from experiments.store import ResultStore, write_atomically
 from experiments.sweep import Sweep
 from experiments.views import status as view
-from experiments.views.summary import shown
+from experiments.views.summary import command, shown
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def wait(store: ResultStore, name: str | None) -> int:
         print(f"not written: {error}", file=sys.stderr)
     for one in statuses:
         if one.state == "stopped":
-            print(f"{one.trial_id} {one.name}: {one.reason}; go on with: python -m experiments retry {sweep.name}")
+            print(f"{one.trial_id} {one.name}: {one.reason}; go on with: {command(store, 'retry', sweep.name)}")
     return _code(statuses)
 
 
@@ -87,14 +87,18 @@ def _look(sweep: Sweep, node: dict[str, Any]) -> Callable[[], list[Status]]:
 
 def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) -> int:
     """Print the log of a trial, or the last lines of every trial that runs, failed or stopped."""
+    if trial is None and name and name not in plans.names(store) and store.ids(name):  # of the sweep planned last
+        name, trial = None, name
     sweep, _ = find(store, name)
     if trial is None and follow:
         raise ConfigError("logs --follow: name the sweep and the trial to follow; `status` lists them")
     if trial is None:
-        for one in Follower(sweep).look():
-            if one.state in ("running", "failed", "stopped"):
-                job_log = store.sweep(sweep.name) / "jobs" / f"{one.job}_0_log.out"
-                _print_end(one, [store.trial(one.trial_id) / name for name in ("trial.log", "worker.log")] + [job_log])
+        shown_ones = [one for one in Follower(sweep).look() if one.state in ("running", "failed", "stopped")]
+        if not shown_ones:
+            print(f"nothing of sweep {sweep.name} runs, failed or stopped; give a trial to see its log")
+        for one in shown_ones:
+            job_log = store.sweep(sweep.name) / "jobs" / f"{one.job}_0_log.out"
+            _print_end(one, [store.trial(one.trial_id) / name for name in ("trial.log", "worker.log")] + [job_log])
         return 0
     ids = [own.trial_id for own in sweep.trials if own.trial_id.startswith(trial)]
     if len(ids) != 1:
@@ -123,7 +127,7 @@ def cancel(store: ResultStore, name: str | None) -> int:
     print(f"cancelled: jobs {len(jobs)}, processes of this machine {len(local)}, trials not begun {others['queued']}")
     if others["running"]:
         print(f"trials that run elsewhere and stop within seconds: {others['running']}")
-    print(f"go on later with: python -m experiments retry {sweep.name}")
+    print(f"go on later with: {command(store, 'retry', sweep.name)}")
     return 0
 
 

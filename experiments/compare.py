@@ -46,6 +46,7 @@ class Metric:
         return metrics["perplexity"] - metrics["perplexity_original"] if self.key == "gap" else metrics[self.key]
 
 
+MIN_PAIRS = 3  # to call a difference clear
 METRICS: Final = (
     Metric("perplexity gap", "gap", "", 1, 3),
     Metric("KL", "kl", "nats", 1, 4),
@@ -63,11 +64,13 @@ class Difference:
     b: float
     mean: float
     error: float | None
+    pairs: int
 
     @property
     def clear(self) -> bool:
-        """Whether it is larger than two standard errors; never with one pair."""
-        return self.error is not None and abs(self.mean) > max(2 * self.error, 1e-12)
+        """Whether it is larger than two standard errors; never with one pair or two, whose errors say too little."""
+        enough = self.error is not None and self.pairs >= MIN_PAIRS
+        return enough and abs(self.mean) > max(2 * (self.error or 0), 1e-12)
 
     @property
     def better(self) -> bool:
@@ -91,7 +94,7 @@ class Setting:
         a, b = ([metric.of(side) for side in sides] for sides in zip(*((p.a, p.b) for p in self.pairs), strict=True))
         differences = [own - other for own, other in zip(b, a, strict=True)]
         error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-        return Difference(metric, fmean(a), fmean(b), fmean(differences), error)
+        return Difference(metric, fmean(a), fmean(b), fmean(differences), error, len(differences))
 
 
 @dataclass(frozen=True)

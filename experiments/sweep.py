@@ -124,8 +124,12 @@ def _used_choices(composed: Sequence[Composed]) -> list[dict[str, str]]:
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """A folder name made of the overrides that can change a result, such as `format-mxfp4+nvfp4_transform-h`."""
+    """A folder name made of the overrides that can change a result, such as `format-mxfp4+nvfp4_transform-h`.
+
+    Those that list several values come first, as a long name is cut.
+    """
     telling = [override for override in overrides if not _is_neutral(override)]
+    telling.sort(key=lambda override: "," not in override)
     name = re.sub(r"[^\w.+-]", "-", "_".join(telling).replace("=", "-").replace(",", "+")) or "default"
     return name if len(name) <= 80 else f"{name[:63].rstrip('_-+')}-{hash_of(list(overrides))}"
 

@@ -17,7 +17,7 @@ from experiments.standing import Follower, Standing
 from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
 from experiments.trial import Trial
-from experiments.views.summary import summarize, write
+from experiments.views.summary import command, summarize, write
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +102,12 @@ def _check_left_out(sweep: Sweep) -> None:
     if not dropped:
         return
     statuses = Follower(replace(before, trials=dropped)).look()
-    busy = [one.trial_id for one in statuses if one.state == "running" or (one.state == "queued" and one.job)]
+    busy = [one.trial_id for one in statuses if one.state in ("running", "queued")]
     if busy:
         raise ConfigError(
-            f"sweep={sweep.name}: {len(busy)} trials of the sweep of that name still run or wait in the cluster's "
-            f"queue ({', '.join(busy[:3])}) and are not in this one; choose another sweep=NAME, or first: "
-            f"python -m experiments cancel {sweep.name}"
+            f"sweep={sweep.name}: {len(busy)} trials of the sweep of that name still run or are "
+            f"queued ({', '.join(busy[:3])}) and are not in this one; choose another sweep=NAME, or first: "
+            f"{command(sweep.store, 'cancel', sweep.name)}"
         )
 
 

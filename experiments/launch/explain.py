@@ -34,6 +34,8 @@ def unknown_option(group: str, option: object, options: Iterable[str]) -> str:
 
 def unknown_key(full_key: str, known: Collection[str]) -> str:
     """What to say of a key that is none of those known."""
+    if full_key.startswith("hydra.launcher."):
+        return f"{full_key}: the chosen hydra/launcher has no such key; see conf/hydra/launcher/ for those of each"
     parent = full_key.rpartition(".")[0]
     siblings = sorted(key for key in known if key.rpartition(".")[0] == parent)
     close = difflib.get_close_matches(full_key, known, 1)

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,9 @@ LINES_OF_A_CRASH = 30
 SECONDS_BETWEEN_REPORTS = 20.0
 
 
+_told: set[str] = set()
+
+
 @dataclass
 class Worker:
     """One worker process at a time; `environment` are variables of its own, `log_file` takes what it prints."""
@@ -47,6 +51,7 @@ class Worker:
     log_file: Path
     _process: subprocess.Popen[str] | None = None
     _last: subprocess.Popen[str] | None = None
+    _kills: int | None = None
     _lock: "threading.RLock" = field(default_factory=threading.RLock)  # a signal handler may close too
     _closed: bool = False
 
@@ -62,7 +67,8 @@ class Worker:
                 return "interrupted"
             if answer is None:
                 assert process is not None
-                state = _after_death(store, sweep, trial, process.pid, process.returncode, self.log_file)
+                starved = self._kills is None or self._kills != out_of_memory_kills()
+                state = _after_death(store, sweep, trial, process.pid, process.returncode, starved, self.log_file)
             else:
                 state = answer["state"]
             if state in ("done", "failed", "busy", "cancelled") or (in_job and state == "interrupted"):
@@ -95,17 +101,28 @@ class Worker:
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-            answer = next((one for one in map(json.loads, process.stdout) if "state" in one), None)
+            for message in map(json.loads, process.stdout):
+                if "state" in message:
+                    answer = message
+                    break
+                self._tell(message["log"], message["level"])
         except BrokenPipeError:
             pass
         if answer is None or answer["ends"]:
             self._forget(process)
         return answer
 
+    def _tell(self, text: str, level: int) -> None:
+        """Say once what a worker warns of."""
+        if text not in _told:
+            _told.add(text)
+            log.log(level, "%s", text)
+
     def _started(self) -> subprocess.Popen[str] | None:
         with self._lock:
             if self._closed or (self._process and self._process.poll() is None):
                 return self._process
+            self._kills = out_of_memory_kills()
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
             with self.log_file.open("a", encoding="utf-8") as errors:
@@ -245,16 +262,34 @@ def _planned(store: ResultStore, sweep: str, trial_id: str) -> Trial:
     raise RuntimeError(f"trial {trial_id} is not in the plan of sweep {sweep} any more: it was planned anew")
 
 
-def _after_death(store: ResultStore, sweep: str, trial: Trial, pid: int, code: int, log_file: Path) -> str:
-    """Record how a worker's death ended its attempt: the trial's state, `again` when it is to be run again."""
+def out_of_memory_kills() -> int | None:
+    """How many processes of this machine the kernel has killed because memory ran out; None where it does not say."""
+    with suppress(OSError):
+        found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+        return int(found[1]) if found else None
+    return None
+
+
+def _after_death(
+    store: ResultStore, sweep: str, trial: Trial, pid: int, code: int, starved: bool, log_file: Path
+) -> str:
+    """Record how a worker's death ended its attempt: the trial's state, `again` when it is to be run again.
+
+    `starved`: the kernel has killed processes for memory meanwhile, or does not say.
+    """
     attempts = Attempts(store, trial.trial_id)
     own = attempts.of_process(pid)
     if store.finished(trial.trial_id):
         return "done"
     if code in (-signal.SIGTERM, -signal.SIGINT):
         return "interrupted"
+    if code == -signal.SIGKILL and not starved:
+        log.warning("trial %s: its process was killed (SIGKILL), and not for its memory; it goes on", trial.trial_id)
+        if own:
+            attempts.close(own.number, "lost", "its process was killed (SIGKILL)")
+        return "again"
     if code == -signal.SIGKILL:
-        reason = "its process was killed (SIGKILL), as the system does when memory runs out"
+        reason = "its process was killed (SIGKILL) when memory ran out"
         log.warning("trial %s: %s", trial.trial_id, reason)
         if own:
             attempts.close(own.number, "out of memory", reason)

@@ -77,12 +77,14 @@ class TrialJob:
 
     def __call__(self) -> None:
         """Run the trial; raises when it failed."""
-        from experiments.launch import pool
+        try:  # the imports too: submitit's handler raises when it does not queue the job again, at any moment
+            from experiments.launch import pool
 
-        signal.signal(signal.SIGTERM, self._on_term)
-        try:
+            signal.signal(signal.SIGTERM, self._on_term)
             pool.run_in_job(self.root, self.sweep_name, self.trial_id)
-        except UncompletedJobError:  # raised by submitit's handler when it does not queue the job again
+        except UncompletedJobError:
+            from experiments.launch import pool
+
             reason = f"stopped by the time limit ({self.limit}) more than hydra.launcher.max_timeouts times"
             pool.give_up(self.root, self.sweep_name, self.trial_id, "time", reason)
             raise

@@ -1,10 +1,11 @@
 """A worker process: runs the trials that its parent sends, one at a time, until its standard input ends.
 
-In: a line of JSON a trial. Out: a line of JSON when the worker is ready, and one for each trial. What libraries print
+In: a line of JSON a trial. Out: a line of JSON for each trial, and for each warning meanwhile. What libraries print
 goes to standard error. A parent that dies closes the input, and the worker ends at once: no trial runs unwatched.
 """
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -19,20 +20,34 @@ from experiments.store import ResultStore
 from experiments.trial import GpuLost, Trial, TrialRunner
 from experiments.views.display import log_to_console, showing
 
+_answering = threading.Lock()
+
 
 def main() -> None:
     """Serve the parent."""
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     log_to_console()
+    logging.getLogger().addHandler(_ToParent(answers))
     signal.signal(signal.SIGTERM, _interrupt)
     requests: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin, requests), daemon=True).start()
-    _answer(answers, {"ready": os.getpid()})
     try:
         _serve(requests, answers)
     except KeyboardInterrupt:  # told to end
         os._exit(0)
+
+
+class _ToParent(logging.Handler):
+    """Hands warnings, and what a tracker says, to the parent, which shows them to the user."""
+
+    def __init__(self, answers: TextIO) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING or record.name == "experiments.tracking":
+            _answer(self._answers, {"log": record.getMessage(), "level": record.levelno})
 
 
 def _serve(requests: "queue.Queue[str]", answers: TextIO) -> None:
@@ -78,7 +93,8 @@ def _listen(stdin: TextIO, requests: queue.Queue[str]) -> None:
 
 
 def _answer(answers: TextIO, message: dict[str, Any]) -> None:
-    answers.write(json.dumps(message) + "\n")
+    with _answering:  # threads answer too
+        answers.write(json.dumps(message) + "\n")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

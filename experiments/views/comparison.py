@@ -22,7 +22,9 @@ SETTINGS_SHOWN = 40
 TRIALS_SHOWN = 3
 REASONS_SHOWN = 6
 WIDTH_OF_A_FILE = 160
-LEGEND = "B - A: the mean of the paired differences ± its standard error; * larger than two of these"
+LEGEND = (
+    "B - A: the mean of the paired differences ± its standard error; * larger than two of these, of 3 pairs or more"
+)
 
 
 def show_comparison(store: ResultStore, a: str, b: str, output: Path | None = None) -> int:

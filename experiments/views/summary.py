@@ -1,6 +1,7 @@
 """The summary of a sweep: one table for the terminal and for Markdown, the HTML report, and where they are."""
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
     for what, where in (
         ("table", shown(folder / "table.md")),
         ("report", shown(folder / "report.html")),
-        ("a trial", f"python -m experiments show {example.trial_id}" + _results_option(store)),
+        ("a trial", command(store, "show", example.trial_id)),
     ):
         console.print(f"  {what:8} {where}", highlight=False, markup=False, soft_wrap=True)
 
@@ -142,5 +143,7 @@ def _counts(outcomes: Sequence[Outcome]) -> str:
     return text + "".join(f", {states[state]} {state}" for state in ("running", "queued") if states[state])
 
 
-def _results_option(store: ResultStore) -> str:
-    return "" if store.root == Path("results").absolute() else f" --results {shown(store.root)}"
+def command(store: ResultStore, *words: str) -> str:
+    """The line of `python -m experiments` that does something with this store."""
+    results = [] if store.root == Path("results").absolute() else ["--results", shown(store.root)]
+    return shlex.join(["python", "-m", "experiments", *words, *results])

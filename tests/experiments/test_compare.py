@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from experiments import plans, sweep
-from experiments.compare import Comparison, Difference, Setting, compare
+from experiments.compare import METRICS, Comparison, Difference, Setting, compare
 from experiments.records import Metrics, Record
 from experiments.schema import ConfigError
 from experiments.sides import find, read, to_run_filter
@@ -263,13 +263,13 @@ def test_the_table_fits_a_terminal_and_marks_clear_differences(two: Recorded) ->
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
-    assert any(line.split()[:7] == ["KL,", "nats", "0.3000", "0.2000", "-0.1000", "±", "0.0000*"] for line in lines)
+    assert any(line.split()[:7] == ["KL,", "nats", "0.3000", "0.2000", "-0.1000", "±", "0.0000"] for line in lines)
     assert any(line.split() == ["KL,", "nats", "0.3000", "0.2500", "-0.0500"] for line in lines)
 
 
 def test_files_hold_the_same_numbers(two: Recorded) -> None:
     found = two.compare("transform=h", "transform=wush")
-    assert "| mxfp4 | 2 | KL, nats | 0.3000 | 0.2000 | -0.1000 ± 0.0000\\* |" in to_markdown(found)
+    assert "| mxfp4 | 2 | KL, nats | 0.3000 | 0.2000 | -0.1000 ± 0.0000 |" in to_markdown(found)
     rows = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert len(rows) == 2 * 4
     assert [float(row["difference"]) for row in rows if row["metric"] == "kl"] == pytest.approx([-0.1, -0.05])
@@ -331,3 +331,13 @@ def test_thousands_of_trials_are_compared_at_once(real: Record, tmp_path: Path) 
     (setting,) = compare(ResultStore(tmp_path), "transform=h", "transform=wush").settings
     assert time.process_time() - started < 4.0
     assert len(setting.pairs) == 2_000
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "pairs", "clear"),
+    [(1.0, None, 1, False), (1.0, 0.1, 2, False), (1.0, 0.1, 3, True), (1.0, 0.6, 9, False), (0.0, 0.0, 9, False)],
+)
+def test_a_difference_is_clear_beyond_two_standard_errors_of_three_pairs(
+    mean: float, error: float | None, pairs: int, clear: bool
+) -> None:
+    assert Difference(METRICS[0], 0.0, mean, mean, error, pairs).clear == clear

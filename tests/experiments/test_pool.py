@@ -1,5 +1,6 @@
 """Worker processes: warm, apart from each other, replaced when they die, and never outliving their parent."""
 
+import itertools
 import json
 import os
 import signal
@@ -105,7 +106,15 @@ def test_a_crashed_worker_fails_its_trial_alone_and_is_replaced(
     assert (failure.kind, attempts(own, 0).all()[-1].end) == ("crash", "failed")
 
 
-def test_a_killed_worker_counts_as_out_of_memory_and_is_tried_again_once(
+@pytest.fixture
+def scarce_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts a kill for memory whenever it is asked; tests/slurm has it kill for real."""
+    kills = itertools.count()
+    monkeypatch.setattr(pool, "out_of_memory_kills", lambda: next(kills))
+
+
+@pytest.mark.usefixtures("scarce_memory")
+def test_a_worker_killed_when_memory_ran_out_is_tried_again_once(
     tmp_path: Path, ambush: Callable[[str, int], Path]
 ) -> None:
     marker = ambush("os.kill(os.getpid(), signal.SIGKILL)", 1)
@@ -118,7 +127,10 @@ def test_a_killed_worker_counts_as_out_of_memory_and_is_tried_again_once(
     assert [one.end for one in attempts(own, 0).all()] == ["out of memory", "done"]
 
 
-def test_a_worker_killed_twice_fails_its_trial_with_advice(tmp_path: Path, ambush: Callable[[str, int], Path]) -> None:
+@pytest.mark.usefixtures("scarce_memory")
+def test_a_worker_killed_twice_for_memory_fails_its_trial_with_advice(
+    tmp_path: Path, ambush: Callable[[str, int], Path]
+) -> None:
     ambush("os.kill(os.getpid(), signal.SIGKILL)", 9)
     own = planned(tmp_path / "results", 3, 1)
     failed, done = outcomes(own)
@@ -126,6 +138,15 @@ def test_a_worker_killed_twice_fails_its_trial_with_advice(tmp_path: Path, ambus
     assert failed.failure is not None
     assert "SIGKILL" in failed.failure.reason
     assert "more memory" in (failed.failure.advice or "")
+
+
+def test_a_worker_killed_by_somebody_goes_on_as_it_was(tmp_path: Path, ambush: Callable[[str, int], Path]) -> None:
+    ambush("os.kill(os.getpid(), signal.SIGKILL)", 2)
+    own = planned(tmp_path / "results", 3)
+    assert [outcome.state for outcome in outcomes(own, workers=1)] == ["done"]
+    record = own.store.record(own.trials[0].trial_id)
+    assert record is not None
+    assert (record.warnings, record.attempts) == ([], 3)
 
 
 def test_a_worker_that_somebody_ends_is_replaced_and_its_trial_goes_on(
@@ -155,8 +176,8 @@ def test_a_dead_worker_ends_no_attempt_but_its_own(tmp_path: Path) -> None:
     trial, log = own.trials[0], tmp_path / "log"
     lease = Attempts(own.store, trial.trial_id).claim("another")
     assert isinstance(lease, Lease)
-    assert pool._after_death(own.store, "mine", trial, 1, -signal.SIGKILL, log) == "again"
-    assert pool._after_death(own.store, "mine", trial, 1, -signal.SIGSEGV, log) == "busy"
+    assert pool._after_death(own.store, "mine", trial, 1, -signal.SIGKILL, True, log) == "again"
+    assert pool._after_death(own.store, "mine", trial, 1, -signal.SIGSEGV, True, log) == "busy"
     assert Attempts(own.store, trial.trial_id).running() is not None
     assert own.store.failure(trial.trial_id) is None
 
