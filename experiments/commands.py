@@ -120,7 +120,7 @@ def cancel(store: ResultStore, name: str | None) -> int:
     write_atomically(store.sweep(sweep.name) / "cancelled", "")
     local = {trial_id for trial_id in left if _interrupt(Attempts(store, trial_id), sweep.name)}
     states = job_states(store, sweep.name, [trial_id for trial_id in left if trial_id not in local])
-    jobs = {trial_id: job.job_id for trial_id, job in states.items() if job.state in ALIVE}
+    jobs = {trial_id: job.job_id for trial_id, job in states.items() if job.state in (*ALIVE, slurm_jobs.SILENT)}
     if jobs:
         slurm_jobs.cancel(list(jobs.values()))
     others = Counter(state for trial_id, state in left.items() if trial_id not in local and trial_id not in jobs)

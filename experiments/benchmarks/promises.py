@@ -18,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import overhead
+from experiments.benchmarks import overhead, submission
 from experiments.records import Record
 from experiments.store import ResultStore, to_json, write_atomically
 
@@ -91,7 +91,8 @@ def measure(results: Path, overrides: tuple[str, ...]) -> list[Measure]:
     saving = overhead.saving_share(store, _record(store, "rtn"))
     alone = overhead.seconds_a_trial(_seconds_of_run, ())
     parallel = overhead.seconds_a_trial(_seconds_of_run, ONE_WORKER)
-    return [
+    submitting = submission.seconds_to_submit()
+    measures = [
         Measure("run.py --help", start.seconds, "s", 2),
         Measure("a config error", wrong.seconds, "s", 2),
         Measure("the main job: four RTN trials", rtn.seconds, "s", 300),
@@ -102,6 +103,7 @@ def measure(results: Path, overrides: tuple[str, ...]) -> list[Measure]:
         Measure("saving decoder blocks in a trial", 100 * saving, "%", 2),
         Measure("fake-quantized activations in a forward", 100 * _activation_share(), "%", None),
     ]
+    return measures + ([Measure("submitting 1,000 SLURM jobs", submitting, "s", 10)] if submitting is not None else [])
 
 
 def _run(*arguments: str, code: int = 0) -> Process:

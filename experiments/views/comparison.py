@@ -81,7 +81,13 @@ def to_markdown(comparison: Comparison) -> str:
     for setting in comparison.settings:
         for one in setting.differences:
             labels = [*(setting.labels[key].replace("|", "\\|") for key in varying), str(len(setting.pairs))]
-            cells = [*labels, _metric(one), _number(one, one.a), _number(one, one.b), _difference(one, star="\\*")]
+            cells = [
+                *labels,
+                _metric(one),
+                _number(one, one.a),
+                _number(one, one.b),
+                _difference(one, star="\\*").rstrip(),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     lines += ["", LEGEND.replace("*", "\\*") + ".", "", *(_item(line) for line in remarks(comparison))]
     return "\n".join(lines).rstrip() + "\n"

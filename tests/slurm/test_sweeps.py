@@ -20,7 +20,7 @@ from tests.experiments.conftest import Cli
 from tests.experiments.test_commands import blocks, start, status
 from tests.experiments.test_pool import AMBUSH, wait_until
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import lay_in_wait
+from tests.slurm.conftest import lay_in_wait, memory_is_limited_by_the_kernel
 
 pytestmark = pytest.mark.slurm
 SLURM = (
@@ -301,10 +301,11 @@ def test_cancel_ends_the_driver_and_fails_nothing_and_retry_goes_on_at_once(
     assert sum(bool(store.record(trial["trial_id"]).restored_blocks) for trial in trials) == 1
 
 
+@pytest.mark.skipif(not memory_is_limited_by_the_kernel(), reason="SLURM cannot use cgroups here")
 def test_a_worker_killed_for_its_memory_is_tried_again_in_the_same_job(
     slurm: Cluster, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lay_ambush(cli.folder, "os.kill(os.getpid(), signal.SIGKILL)", 1, monkeypatch)
+    lay_ambush(cli.folder, "block = bytearray(3 << 30)", 1, monkeypatch)
     done = cli.small("-m", "model.layers=3", *SLURM)
     assert done.returncode == 0, done.stdout + done.stderr
     assert any("one window at a time" in warning for warning in record(cli).warnings)
