@@ -15,6 +15,7 @@ from experiments.trial import Trial
 from experiments.views.display import duration
 
 State = Literal["queued", "running", "done", "failed", "stopped"]
+RETRY = "retry goes on from what is saved"
 # SLURM's words for jobs that wait, run, or are about to.
 ALIVE = (
     "PENDING",
@@ -126,19 +127,23 @@ class Follower:
 
     def _stopped(self, own: dict[str, Any], history: list[Attempt], job: JobState | None) -> Status:
         """Nothing runs it and nothing will, until it is retried."""
+        last = history[-1] if history else None
+        own["progress"] = f"after {_progress(last)}" if last and last.total else ""
+        own["host"] = last.owner.host if last else ""
+        own["job"] = job.job_id if job else (last.owner.job or "") if last else ""
         folder = self.sweep.store.sweep(self.sweep.name)
         if (folder / "cancelled").exists():
-            host, ran = (history[-1].owner.host, history[-1].owner.job) if history else ("", None)
-            return Status(**own, state="stopped", host=host, job=job.job_id if job else ran or "", reason="cancelled")
+            return Status(**own, state="stopped", reason="cancelled", advice=RETRY)
         if job:
             end = ended_as(folder, job.job_id) or job.state
             reason = f"its job ended without a result: {end}" + (f" ({job.reason})" if job.reason else "")
-            return Status(**own, state="stopped", host=job.node or "", job=job.job_id, reason=reason)
-        if not history:
-            return Status(**own, state="stopped", reason="no process runs this sweep", advice="retry runs what is left")
-        last = history[-1]
+            return Status(**own | {"host": job.node or own["host"]}, state="stopped", reason=reason, advice=RETRY)
+        if last is None:
+            return Status(**own, state="stopped", reason="no process runs this sweep", advice=RETRY)
+        if last.end == "done":
+            return Status(**own, state="stopped", reason="its result cannot be read", advice="retry computes it again")
         reason = last.reason or last.end or f"its process on {last.owner.host} is gone"
-        return Status(**own, state="stopped", host=last.owner.host, job=last.owner.job or "", reason=reason)
+        return Status(**own, state="stopped", reason=reason, advice=RETRY)
 
 
 def job_states(store: ResultStore, sweep: str, trial_ids: list[str]) -> dict[str, JobState]:

@@ -4,6 +4,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -17,7 +19,10 @@ from experiments.views.display import duration
 
 ORDER: tuple[State, ...] = ("running", "failed", "stopped", "queued", "done")
 STYLES: dict[State, str] = {"running": "cyan", "failed": "red", "stopped": "yellow", "queued": "dim", "done": "green"}
+COLUMNS = ("trial", "", "state", "where", "time", "left", "KL", "restarts")
+ALWAYS = ("trial", "", "state")
 ROWS_SHOWN = 40
+LINES_AROUND = 16  # of a table on a terminal: title, reasons and counts
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
@@ -33,22 +38,45 @@ def counts(statuses: Sequence[Status]) -> str:
     return ", ".join([f"{found['done']:,} of {len(statuses):,} trials done", *others])
 
 
+def time_left(statuses: Sequence[Status]) -> float | None:
+    """About the seconds that a sweep has left, if its trials take as long as those done; None while that is unknown."""
+    done = [status.seconds for status in statuses if status.state == "done" and status.seconds is not None]
+    running = [status.seconds or 0.0 for status in statuses if status.state == "running"]
+    if not done or not running:
+        return None
+    queued = sum(status.state == "queued" for status in statuses)
+    return (fmean(done) * queued + sum(max(fmean(done) - seconds, 0) for seconds in running)) / len(running)
+
+
 def to_table(name: str, statuses: Sequence[Status], rows: int | None = ROWS_SHOWN) -> Group:
     """The table, what needs attention first; at most so many rows, all when None."""
     labels = statuses[0].labels if statuses else {}
     common = {key: value for key, value in labels.items() if _is_common(key, value, statuses)}
-    table = Table(title=_title(name, common), box=SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False)
-    for column in ("trial", "", "state", "where", "time", "left", "KL", "again"):
-        table.add_column(column, justify="right" if column in ("time", "left", "KL", "again") else "left")
     ordered = sorted(statuses, key=lambda status: ORDER.index(status.state))
     shown = ordered if rows is None else ordered[:rows]
-    for status in shown:
-        table.add_row(*_cells(status, common))
-    hidden = Counter(status.state for status in ordered[len(shown) :])
-    below = [Text(counts(statuses))]
-    if hidden:
-        below.insert(0, Text(", ".join(f"{n:,} more {state}" for state, n in hidden.items()) + " (all: --all)"))
-    return Group(table, *_remarks(shown), *below)
+    hosts = {status.host for status in statuses if status.host}
+    if len(hosts) == 1:
+        common |= {"host": hosts.pop()}
+    cells = [_cells(status, common) for status in shown]
+    table = Table(title=_title(name, common), box=SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False)
+    table.padding = (0, 1, 0, 0)  # for narrow terminals
+    kept = [i for i, column in enumerate(COLUMNS) if column in ALWAYS or any(str(row[i]) for row in cells)]
+    for i in kept:
+        numeric = COLUMNS[i] in ("time", "left", "KL", "restarts")
+        widest = max((len(word) for row in cells for word in str(row[i]).split()), default=0)
+        justify: Literal["right", "left"] = "right" if numeric else "left"
+        table.add_column(COLUMNS[i], justify=justify, no_wrap=numeric, overflow="fold", min_width=widest)
+    for row in cells:
+        table.add_row(*(row[i] for i in kept))
+    return Group(table, *_remarks(shown), *_below(statuses, ordered[len(shown) :]))
+
+
+def _below(statuses: Sequence[Status], hidden: Sequence[Status]) -> list[Text]:
+    """What is not shown, the counts, and the time left."""
+    more = Counter(status.state for status in hidden)
+    left = time_left(statuses)
+    lines = [", ".join(f"{n:,} more {state}" for state, n in more.items()) + " (all: --all)"] if more else []
+    return [*map(Text, lines), Text(counts(statuses) + ("" if left is None else f", about {duration(left)} left"))]
 
 
 def to_json(name: str, statuses: Sequence[Status]) -> str:
@@ -70,6 +98,8 @@ def watch(name: str, look: Callable[[], list[Status]], rows: int | None) -> list
                 return statuses
             time.sleep(SECONDS_BETWEEN_LOOKS)
             statuses = look()
+    fitting = max(console.height - LINES_AROUND, 5)
+    rows = fitting if rows is None else min(rows, fitting)
     with Live(to_table(name, statuses, rows), console=console, auto_refresh=False) as live:
         while not is_over(statuses):
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -94,16 +124,16 @@ def _is_common(key: str, value: str, statuses: Sequence[Status]) -> bool:
 
 
 def _cells(status: Status, common: dict[str, str]) -> list[str | Text]:
-    own = " ".join(
-        value if "." not in key else f"{key}={value}"
-        for key, value in status.labels.items()
-        if key not in common and value != "-"
-    )
+    telling = {key: value for key, value in status.labels.items() if key not in common and value != "-"}
+    last = Counter(key.rpartition(".")[2] for key in telling)
+    short = {key: key if last[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2] for key in telling}
+    own = " ".join(value if "." not in key else f"{short[key]}={value}" for key, value in telling.items())
+    progress = status.progress.replace("decoder blocks", "block").replace(" of ", "/")
     return [
         status.trial_id[:8],
         Text(own),
-        Text(" ".join(filter(None, [status.state, status.progress])), STYLES[status.state]),
-        Text(" ".join(filter(None, [status.host, status.job]))),
+        Text(" ".join(filter(None, [status.state, progress])), STYLES[status.state]),
+        Text(" ".join(filter(None, ["" if "host" in common else status.host, status.job]))),
         "" if status.seconds is None else duration(status.seconds),
         "" if status.left is None else duration(status.left),
         "" if status.kl is None else f"{status.kl:.4f}",
