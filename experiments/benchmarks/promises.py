@@ -98,8 +98,8 @@ def measure(results: Path, overrides: tuple[str, ...]) -> list[Measure]:
         Measure("the main job: four RTN trials", rtn.seconds, "s", 300),
         Measure("the main job's peak memory", rtn.peak_bytes / 1e9, "GB", 6),
         Measure("a GPTQ trial against its RTN trial", _gptq_to_rtn(store), "x", 3),
-        Measure("one more trial that does nothing, local", alone, "s", 0.3),
-        Measure("one more trial that does nothing, local_parallel of 1", parallel, "s", 0.3),
+        Measure("an empty trial, local", alone, "s", 0.3),
+        Measure("an empty trial, local_parallel", parallel, "s", 0.3),
         Measure("saving decoder blocks in a trial", 100 * saving, "%", 2),
         Measure("fake-quantized activations in a forward", 100 * _activation_share(), "%", None),
     ]
