@@ -4,7 +4,6 @@ Each command reads the store and the cluster; none needs the process that starte
 done, 1 some failed or stopped, 2 the command is wrong, 3 not over yet.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -22,14 +21,14 @@ from experiments.launch import driver
 from experiments.launch import jobs as slurm_jobs
 from experiments.launch.choose import launch_of
 from experiments.launch.settings import SlurmSettings, validate_launcher
+from experiments.launch.submitted import log_file
 from experiments.schema import ConfigError
-from experiments.standing import ALIVE, Follower, Status, job_states
+from experiments.standing import ALIVE, Follower, Standing, Status, job_states
 from experiments.store import ResultStore, write_atomically
 from experiments.sweep import Sweep
 from experiments.views import status as view
-from experiments.views.summary import command, shown
-
-log = logging.getLogger(__name__)
+from experiments.views.display import on_stdout
+from experiments.views.summary import command, shown, summarize
 
 CONF = Path(__file__).parent.parent / "conf"
 LINES_OF_A_LOG = 30
@@ -54,15 +53,12 @@ def status(store: ResultStore, name: str | None, *, as_json: bool, live: bool, e
     if as_json:
         print(view.to_json(sweep.name, statuses))
     else:
-        _print(view.to_table(sweep.name, statuses, rows))
+        on_stdout().print(view.to_table(sweep.name, statuses, rows))
     return _code(statuses)
 
 
 def wait(store: ResultStore, name: str | None) -> int:
     """Show a sweep until it is over, then its summary."""
-    from experiments.standing import Standing
-    from experiments.views.summary import summarize
-
     sweep, node = find(store, name)
     statuses = view.watch(sweep.name, _look(sweep, node), view.ROWS_SHOWN)
     try:
@@ -97,8 +93,8 @@ def logs(store: ResultStore, name: str | None, trial: str | None, follow: bool) 
         if not shown_ones:
             print(f"nothing of sweep {sweep.name} runs, failed or stopped; give a trial to see its log")
         for one in shown_ones:
-            job_log = store.sweep(sweep.name) / "jobs" / f"{one.job}_0_log.out"
-            _print_end(one, [store.trial(one.trial_id) / name for name in ("trial.log", "worker.log")] + [job_log])
+            folder = store.trial(one.trial_id)
+            _print_end(one, [folder / "trial.log", folder / "worker.log", log_file(store.sweep(sweep.name), one.job)])
         return 0
     ids = [own.trial_id for own in sweep.trials if own.trial_id.startswith(trial)]
     if len(ids) != 1:
@@ -193,13 +189,6 @@ def _code(statuses: Sequence[Status]) -> int:
     if not view.is_over(statuses):
         return 3
     return 0 if all(one.state == "done" for one in statuses) else 1
-
-
-def _print(content: object) -> None:
-    from rich.console import Console
-
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(content)
 
 
 def _print_end(one: Status, paths: Sequence[Path]) -> None:

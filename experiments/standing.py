@@ -99,7 +99,6 @@ class Follower:
         self.sweep = sweep
         self.jobs: dict[str, JobState] = {}
         self._standing = Standing(sweep)
-        self._interruptions: dict[str, int] = {}
 
     def look(self) -> list[Status]:
         """Every trial's status now, in the sweep's order."""

@@ -1,12 +1,10 @@
 """Trials as SLURM jobs: submitted, then followed until they are over, or left to themselves."""
 
-import fcntl
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ log = logging.getLogger(__name__)
 MISFORTUNES = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "COMPLETED")  # the last: its trial was running elsewhere
 KINDS: dict[str, Kind] = {"OUT_OF_MEMORY": "out of memory", "TIMEOUT": "time", "DEADLINE": "time"}
 MAX_JOBS_A_TRIAL = 5
+MENDING = ".mending"  # held by the process that decides what becomes of a sweep's trials
 # A job's end may be seen before the files that it wrote last: NFS clients keep what they know of a file for a minute.
 LAG_SECONDS, LOCAL_LAG_SECONDS = 60.0, 5.0
 LOCAL_FILE_SYSTEMS = {"btrfs", "ext2", "ext3", "ext4", "overlay", "tmpfs", "xfs", "zfs"}
@@ -79,7 +78,7 @@ class SlurmLaunch:
     def _submit_the_rest(self, sweep: Sweep, pending: Sequence[Trial]) -> set[str]:
         """Submit the trials that nothing runs or will run; those that run outside of this sweep's jobs."""
         folder, wanted, busy = sweep.store.sweep(sweep.name), [], set()
-        with mending(folder):
+        with submitted.locked(folder, MENDING):
             slurm.adopt(folder)
             jobs = _jobs_at_rest(sweep, pending)
             for trial in pending:
@@ -139,7 +138,7 @@ class Mender:
 
     def look(self) -> list[Status]:
         """Every trial's status now; one that may be submitted again, or of which files are awaited, is queued."""
-        with mending(self._folder):
+        with submitted.locked(self._folder, MENDING):
             slurm.adopt(self._folder)
             statuses = self._follower.look()
             self._tell_silence()
@@ -250,15 +249,6 @@ def submit(sweep: Sweep, trials: Sequence[Trial], settings: SlurmSettings) -> No
     _forget(sweep.store, before, jobs)
     for array, count in Counter(job.job_id.partition("_")[0] for job in jobs).items():
         log.info("job array %s: %d trials, at most %d at once", array, count, settings.array_parallelism)
-
-
-@contextmanager
-def mending(folder: Path) -> Iterator[None]:
-    """While open, no other process decides what becomes of a sweep's trials; `folder` is the sweep's."""
-    (folder / "jobs").mkdir(parents=True, exist_ok=True)
-    with (folder / "jobs" / ".mending").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def lag_seconds(folder: Path) -> float:

@@ -3,7 +3,6 @@
 What SLURM says about jobs afterwards is in `experiments.launch.jobs`.
 """
 
-import fcntl
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from experiments.launch.jobs import SlurmAway, call, states
 from experiments.launch.settings import SlurmSettings, validate_launcher
-from experiments.launch.submitted import Submission, forget, keep, submissions, unrecorded
+from experiments.launch.submitted import Submission, forget, keep, locked, submissions, unrecorded
 from experiments.records import now
 from experiments.schema import ConfigError
 
@@ -46,6 +45,7 @@ REMEDIES = (
     (r"feature|unrecognized|Invalid", "extra", "one of the options in it is not right on this cluster"),
 )
 
+SUBMITTING = ".lock"  # held by the process that submits jobs of a sweep
 SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
@@ -145,7 +145,7 @@ def submit(sweep_name: str, folder: Path, trial_ids: Sequence[str], settings: Sl
     if not trial_ids:
         return []
     size = _max_array_size()
-    with _locked(folder), _clean_environment(settings):
+    with locked(folder, SUBMITTING), _clean_environment(settings):
         try:
             jobs = [job for job in _adopt(folder) if job.trial_id in set(trial_ids)]
         except SlurmAway as error:
@@ -175,7 +175,7 @@ def adopt(folder: Path) -> list[Job]:
     """
     if not any(one.intended for one in submissions(folder)):
         return []
-    with _locked(folder), suppress(SlurmAway):
+    with locked(folder, SUBMITTING), suppress(SlurmAway):
         return _adopt(folder)
     return []
 
@@ -273,15 +273,6 @@ def _max_array_size() -> int:
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
     assert found is not None, shown
     return int(found[1])
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let no other process submit jobs of this sweep meanwhile."""
-    (folder / "jobs").mkdir(parents=True, exist_ok=True)
-    with (folder / "jobs" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

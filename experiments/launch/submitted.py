@@ -4,10 +4,11 @@ A submission is written before sbatch is called, with the job's name and the tri
 are known. One that has no ids belongs to a process that is at it now or was killed: squeue tells its jobs by the name.
 """
 
+import fcntl
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ class Submission(BaseModel):
 
 class _Submissions(BaseModel):
     submissions: list[Submission] = []
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold a sweep's lock of a name, which one process has at a time; `folder` is the sweep's."""
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    with (folder / "jobs" / name).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def submissions(folder: Path) -> list[Submission]:

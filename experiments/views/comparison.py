@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -17,11 +16,11 @@ from experiments.compare import Comparison, Difference, Setting, Unpaired, compa
 from experiments.schema import ConfigError
 from experiments.sides import Side, counted
 from experiments.store import ResultStore, write_atomically
+from experiments.views.display import on_stdout
 
 SETTINGS_SHOWN = 40
 TRIALS_SHOWN = 3
 REASONS_SHOWN = 6
-WIDTH_OF_A_FILE = 160
 LEGEND = (
     "B - A: the mean of the paired differences ± its standard error; * larger than two of these, of 3 pairs or more"
 )
@@ -35,9 +34,7 @@ def show_comparison(store: ResultStore, a: str, b: str, output: Path | None = No
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_A_FILE)
+    console = on_stdout()
     console.print(to_terminal(comparison))
     for line in [*_left_out(comparison), LEGEND, *remarks(comparison)]:
         console.print(line, highlight=False, markup=False)

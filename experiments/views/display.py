@@ -18,6 +18,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 console = Console(stderr=True)
 
+WIDTH_OF_A_FILE = 160
 SECONDS_BETWEEN_LINES = 20.0
 SECONDS_WORTH_A_LINE = 5.0
 
@@ -86,6 +87,12 @@ def showing(kind: Literal["auto", "bars", "lines", "none"]) -> Iterator[Progress
     )
     with RichProgress(*columns, console=console, transient=True) as bars:
         yield Bars(bars)
+
+
+def on_stdout() -> Console:
+    """A console on standard output: as wide as the terminal, and wide enough for tables where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_OF_A_FILE)
 
 
 def log_to_console() -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,10 +14,9 @@ from experiments.attempts import Attempts
 from experiments.estimates import Cost, Estimate, Estimates, estimates, most, read
 from experiments.sweep import Sweep
 from experiments.trial import Trial
-from experiments.views.display import duration
+from experiments.views.display import duration, on_stdout
 
 ROWS_SHOWN = 40
-WIDTH_OF_A_FILE = 160
 STYLES = {"done": "dim", "running": "cyan", "to run": None}
 
 State = Literal["running", "to run", "done"]
@@ -42,9 +40,7 @@ def show(sweep: Sweep, workers: int | None = None, launcher: str = "local", else
     not this one; the newest records of such a machine are then what estimates come from.
     Raises `ConfigError` for a GPU that is not there, and for records of another version of this program.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_A_FILE)
+    console = on_stdout()
     costs = read(sweep.store)
     device = newest_device(costs, elsewhere) if elsewhere else _this_device(sweep)
     planned = stand(sweep, costs, estimates(sweep.store, costs, device))

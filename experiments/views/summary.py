@@ -14,11 +14,10 @@ from rich.table import Table
 
 from experiments.records import Outcome
 from experiments.store import ResultStore, write_atomically
-from experiments.views.display import duration
+from experiments.views.display import duration, on_stdout
 from experiments.views.selection import TELLING, standing, telling
 
 METRIC_COLUMNS = ("perplexity", "vs original", "KL", "top-1", "bits", "time")
-WIDTH_OF_A_FILE = 160
 ROWS_SHOWN = 40
 
 
@@ -36,9 +35,7 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
 
     Raises `OSError` that names the file when one cannot be written; the table has been shown by then.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH_OF_A_FILE)
+    console = on_stdout()
     folder = store.sweep(name)
     show_table(console, name, outcomes, folder)
     write(name, outcomes, store)
