@@ -1,12 +1,13 @@
 # make sweep: the main job. make test: the CPU test suite. Both make .venv from the lock file first.
 # ARGS adds Hydra overrides to the sweep (make sweep ARGS="algorithm=rtn,gptq") or options to pytest.
 # make bench: the times, memory and ratios that the project promises, measured here.
+# make kernels-bench: the kernels, layers and models on this machine's GPU (make kernels-bench ARGS=--quick).
 
 PYTHON ?= python3
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: install sweep test bench check lock clean
+.PHONY: install sweep test bench kernels-bench check lock clean
 
 install: $(INSTALLED)
 
@@ -26,6 +27,9 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	.venv/bin/python -m experiments bench $(ARGS)
+
+kernels-bench: $(INSTALLED)
+	.venv/bin/python -m wush_kernels.bench $(ARGS)
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .

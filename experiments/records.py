@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Final = 3
 
@@ -70,7 +70,8 @@ class Record(_Model):
 
     `choices`: the option of each config group that matters, as the user named it. `model_revision`: the commit of a
     model from the hub. `environment`: the machine: host, platform, processor, cores, threads, device. `attempts`: it
-    took so many, and `restored_blocks` decoder blocks come from an earlier one.
+    took so many, and `restored_blocks` decoder blocks come from an earlier one. `kernels`: what quantized layers ran on
+    and why, and the names of those that did, numbers merged to ranges.
     """
 
     schema_version: Literal[3] = SCHEMA_VERSION
@@ -93,6 +94,7 @@ class Record(_Model):
     finished_at: datetime
     attempts: int = 1
     restored_blocks: int = 0
+    kernels: dict[str, list[str]] = Field(default_factory=dict)
 
 
 class Failure(_Model):

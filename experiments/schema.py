@@ -103,6 +103,7 @@ class RandomRotation(_Built):
 class AdaptiveTransform(_Built):
     target: Literal["wush.Wus", "wush.Wush"] = Field(alias="_target_")
     refit: bool
+    share: bool
 
 
 Transform = Annotated[FixedTransform | RandomRotation | AdaptiveTransform, Field(discriminator="target")]
@@ -190,6 +191,7 @@ class TrialConfig(_Strict):
     seed: NonNegativeInt
     tracking: Tracking
     device: Annotated[str, AfterValidator(_device)]
+    kernels: Literal["auto", "torch", "triton", "scaled_mm"]
     progress: Literal["auto", "bars", "lines", "none"]
     results: str = Field(min_length=1)
     keep_blocks: bool

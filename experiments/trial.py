@@ -76,6 +76,7 @@ class _Attempt:
     revision: str | None = None
     bits_per_weight: float = math.nan
     metrics: Metrics | None = None
+    kernels: dict[str, list[str]] = field(default_factory=dict)
 
     def batch_size(self, text: str) -> int:
         """Windows a forward; one after the trial ran out of memory."""
@@ -304,6 +305,7 @@ class TrialRunner:
                 progress=watched,
                 on_block=on_block,
                 saved=checkpoint,
+                kernels=config["kernels"],
             )
         attempt.bits_per_weight, attempt.skipped = report.bits_per_weight, report.skipped
         if checkpoint.restored:
@@ -319,6 +321,7 @@ class TrialRunner:
     ) -> None:
         import wush
         from experiments.environment import measured
+        from wush import backends
 
         saved = checkpoint.evaluation(HELD_OUT)
         if saved is None:
@@ -330,9 +333,11 @@ class TrialRunner:
             if wrong:
                 raise wush.NumericError(f"{', '.join(wrong)}: no result; look for the first such block in the log")
             saved = {"metrics": values, "stage": attempt.stages["evaluate"].model_dump()}
+            saved["kernels"] = backends.chosen(loaded.model)
             checkpoint.save_evaluation(HELD_OUT, saved)
         attempt.stages["evaluate"] = Stage(**saved["stage"])
         attempt.metrics = Metrics(**saved["metrics"], bits_per_weight=attempt.bits_per_weight)
+        attempt.kernels = saved["kernels"]
 
     def _watched(self, attempt: _Attempt) -> Watched:
         return Watched(self.progress, attempt.lease)
@@ -374,6 +379,7 @@ def _record(attempt: _Attempt, restored_blocks: int) -> Record:
         seed=attempt.trial.config["seed"],
         attempts=attempt.lease.number,
         restored_blocks=restored_blocks,
+        kernels=attempt.kernels,
         warnings=attempt.warnings,
         versions=attempt.environment["versions"],
         git_commit=attempt.environment["git_commit"],

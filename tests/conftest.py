@@ -1,4 +1,4 @@
-"""Every test runs on one thread and, unless marked `gpu`, on the CPU."""
+"""Every test runs on one thread and, unless marked `gpu`, on the CPU; kernels are interpreted where there is no GPU."""
 
 import os
 
@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,8 @@ _HOMES = {
     "Evaluation": "wush.evaluation",
     "layer_loss": "wush.evaluation",
     "QuantLinear": "wush.linear",
+    "use_kernels": "wush.backends",
+    "join": "wush.joint",
     "Format": "wush.formats",
     "Mxfp4": "wush.formats",
     "Nvfp4": "wush.formats",

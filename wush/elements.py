@@ -1,7 +1,7 @@
 """Element types: how one number becomes a code of a few bits. Scales are not known here.
 
 An element snaps real numbers to its grid, and maps grid values to codes and back.
-`snap` works on float32; it never makes a code of NaN, since callers refuse non-finite input first.
+`snap` works on float32; NaN stays NaN, and a code of it means nothing: its group's scale says NaN.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ states are small: they are kept, and share each later pass through the LM head, 
 Shape legend: `W` windows, `M` tokens a window, `D` hidden size, `V` vocabulary.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wush.backends import flushed_groups
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.progress import Progress, Silent
 from wush.transforms import apply_blocks
+
+log = logging.getLogger(__name__)
 
 # Nats a token; beyond them the perplexity is no float64.
 LARGEST_NLL = 700.0
@@ -69,8 +73,10 @@ def evaluate(
     """Compare `model` on windows of token ids `(W, M)` with the original's states from `original_states`.
 
     Sums run in float64 window by window, so that the batch size changes no sum. Raises `NumericError` for
-    logits that are not finite.
+    logits that are not finite, which names the first module whose output is not. Warns of activations that lost bits
+    as FP8.
     """
+    flushed = flushed_groups(_device(model))
     nll = nll_original = kl = 0.0
     agree = count = 0
     batches = zip(windows.split(batch_size), original.split(batch_size), strict=True)
@@ -87,9 +93,43 @@ def evaluate(
             kl += F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
             agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
             count += targets.numel()
-    if not max(nll, nll_original) / count < LARGEST_NLL or not math.isfinite(kl):
-        raise NumericError("the quantized model's logits are not finite, or give the text no probability")
+        if not math.isfinite(nll + kl):
+            raise NumericError(_what_is_not_finite(model, ids))
+    if not max(nll, nll_original) / count < LARGEST_NLL:
+        raise NumericError("the quantized model gives the text no probability: more than 700 nats a token")
+    lost = flushed_groups(_device(model)) - flushed
+    if lost:
+        log.warning(
+            "%d groups of activations were under 2^-28 of their row and lost bits; kernels=torch keeps them", lost
+        )
     return Evaluation(math.exp(nll / count), math.exp(nll_original / count), kl / count, agree / count, count)
+
+
+def _what_is_not_finite(model: nn.Module, ids: Tensor) -> str:
+    """Where in a model NaN or infinity first appears for a batch of token ids `(B, M)`, in one sentence."""
+    first: list[str] = []
+
+    def look(name: str, output: object) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        if not first and isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+            first.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not first:
+        return "the quantized model's logits are not finite, or give the text no probability"
+    return (
+        f"the quantized model's logits are not finite: NaN or infinity first comes out of {first[0]}; leave it out "
+        "with quantize.exclude=[...], or use a transform or dtype with more room"
+    )
 
 
 def layer_loss(x: Tensor, weight_oi: Tensor, quantized_weight: Tensor, transform: Tensor, fmt: Format) -> float:

@@ -2,11 +2,13 @@
 
 A value is `element * scale * global_scale`. Shape legend: `I` columns, `N` groups, `G` group size, `N * G = I`.
 To add a format, subclass `Format`: name its element and its scale type, and say how a group's scale is found.
+
+The arithmetic is such that a CPU, a GPU and the kernels of `wush_kernels` give the same bits: float32 products in a
+fixed order, each rounded, and one division a group, `1 / s`.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from wush.elements import E2M1, E2M1_MAX, E4M3, E4M3_MAX, INT4_MIDPOINT, INT4_SYMMETRIC, Element
 from wush.errors import NumericError
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 # The clip, in standard deviations, that minimizes the 4-bit squared error of a Gaussian.
 GAUSSIAN_CLIP_4BIT = 2.513930578568423
 
@@ -30,8 +33,12 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A number format: `quantize` and `dequantize` tensors `(..., I)`, `pack` and `unpack` their codes."""
+    """A number format: `quantize` and `dequantize` tensors `(..., I)`, `pack` and `unpack` their codes.
 
+    `scale_rule`: how a group's scale is found, where a format has several ways.
+    """
+
+    scale_rule: str = ""
     name: ClassVar[str]
     group_size: ClassVar[int]
     scale_dtype: ClassVar[torch.dtype]
@@ -64,28 +71,44 @@ class Format(ABC):
         check_groups(x.shape[-1], self, what)
         return x.float().unflatten(-1, (-1, self.group_size))
 
-    def find_scales(self, x: Tensor, what: str = "tensor", global_scale: float | None = None) -> Tensor:
-        """Scales `(..., N)` of `(..., I)`; raises `NumericError` that names `what` for NaN or infinity."""
+    def find_scales(
+        self, x: Tensor, what: str = "tensor", global_scale: float | None = None, *, checked: bool = True
+    ) -> Tensor:
+        """Scales `(..., N)` of `(..., I)`; raises `NumericError` that names `what` for NaN or infinity.
+
+        Not `checked`, a group with such a value gets a NaN for its scale, and the device is not waited for.
+        """
         x_ng = self.groups(x, what)
         amax_n = x_ng.abs().amax(-1)
-        if not amax_n.isfinite().all():
+        if checked and not amax_n.isfinite().all():
             raise NumericError(f"{what}: NaN or infinity in the values to quantize to {self.name}")
-        return self.group_scales(x_ng, amax_n, self.global_scale if global_scale is None else global_scale)
+        scales = self.group_scales(x_ng, amax_n, self.global_scale if global_scale is None else global_scale)
+        return scales if checked else _nan_where(~amax_n.isfinite(), scales)
 
     def snap(self, x_ng: Tensor, scales: Tensor, global_scale: float) -> Tensor:
-        """Nearest elements, float32, of groups `(..., N, G)` with scales `(..., N)`: of `x / s / g`, 0 where s = 0."""
+        """Nearest elements, float32, of groups `(..., N, G)` with scales `(..., N)`: of `(x * 1/g) * 1/s`.
+
+        Both products are rounded to float32. Where s = 0 it is the element nearest to 0. `1/s` is limited to
+        float32's largest number, and `x / g` past it saturates.
+        """
         scales = scales.float().unsqueeze(-1)
-        units = x_ng / scales.masked_fill(scales == 0, torch.inf)
-        return self.element.snap(units.mul_(1 / global_scale))
+        inverse_s = (1 / scales).clamp_(max=FLOAT32_MAX).masked_fill_(scales == 0, 0)
+        inverse_g = torch.full_like(scales, 1 / global_scale).masked_fill_(scales == 0, 0)  # never inf * 0
+        return self.element.snap((x_ng * inverse_g).mul_(inverse_s))
 
     def expand(self, elements_ng: Tensor, scales: Tensor, global_scale: float) -> Tensor:
         """Values `(..., N, G)` of elements: `element * s * g`, float32."""
         return elements_ng * (scales.float() * global_scale).unsqueeze(-1)
 
-    def quantize(self, x: Tensor, what: str = "tensor", global_scale: float | None = None) -> Quantized:
-        """Round `(..., I)` to nearest. Errors (`NumericError`, `ValueError`) name `what`."""
+    def quantize(
+        self, x: Tensor, what: str = "tensor", global_scale: float | None = None, *, checked: bool = True
+    ) -> Quantized:
+        """Round `(..., I)` to nearest. Errors (`NumericError`, `ValueError`) name `what`.
+
+        Not `checked`, NaN and infinity are no error: every value of their group comes back as NaN.
+        """
         g = self.global_scale if global_scale is None else global_scale
-        scales = self.find_scales(x, what, g)
+        scales = self.find_scales(x, what, g, checked=checked)
         elements = self.snap(self.groups(x, what), scales, g)
         return Quantized(self.element.to_codes(elements).flatten(-2), scales, g)
 
@@ -94,9 +117,9 @@ class Format(ABC):
         elements = self.groups(self.element.from_codes(quantized.codes))
         return self.expand(elements, quantized.scales, quantized.global_scale).flatten(-2)
 
-    def round_trip(self, x: Tensor, what: str = "tensor") -> Tensor:
-        """`dequantize(quantize(x))` in float32, without making the codes."""
-        scales = self.find_scales(x, what)
+    def round_trip(self, x: Tensor, what: str = "tensor", *, checked: bool = True) -> Tensor:
+        """`dequantize(quantize(x))` in float32, without making the codes; `checked` as of `quantize`."""
+        scales = self.find_scales(x, what, checked=checked)
         elements = self.snap(self.groups(x, what), scales, self.global_scale)
         return self.expand(elements, scales, self.global_scale).flatten(-2)
 
@@ -112,10 +135,9 @@ class Format(ABC):
             return packed
         return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
-    @cached_property
-    def byte_values(self) -> Tensor:
+    def byte_values(self, device: torch.device | str = "cpu") -> Tensor:
         """Elements in each byte value, `(256, codes a byte)` float32: packed weights decode by one look-up."""
-        every_byte = torch.arange(256, dtype=torch.uint8)
+        every_byte = torch.arange(256, dtype=torch.uint8, device=device)
         return self.element.from_codes(self.unpack(every_byte.unsqueeze(-1)))
 
 
@@ -126,6 +148,16 @@ def check_groups(in_features: int, fmt: Format, what: str) -> None:
             f"{what}: in_features {in_features} is not a multiple of the group size {fmt.group_size} of {fmt.name}; "
             "exclude it with quantize.exclude=[...] or choose a format with another group size"
         )
+
+
+def _nan_where(mask: Tensor, scales: Tensor) -> Tensor:
+    """Scales with NaN where `mask` is true: of the bytes' own NaNs, 255 in E8M0 and 127 in E4M3, in BF16 0x7FC0."""
+    bits, nan = {
+        torch.float8_e8m0fnu: (torch.uint8, 255),
+        torch.float8_e4m3fn: (torch.uint8, 127),
+        torch.bfloat16: (torch.int16, 0x7FC0),
+    }[scales.dtype]
+    return scales.view(bits).masked_fill(mask, nan).view(scales.dtype)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -185,13 +217,13 @@ class Nvfp4(Format):
         return 0.1
 
     def weight_global_scale(self, weight: Tensor) -> float:
-        amax = weight.abs().max().item()
-        if self.scale_rule == "fixed" or not amax:
+        if self.scale_rule == "fixed":
             return self.global_scale
-        return max(amax / (E2M1_MAX * E4M3_MAX), 2.0**-126)  # 1 / g stays finite in float32
+        amax = weight.abs().max().item()
+        return max(amax / (E2M1_MAX * E4M3_MAX), 2.0**-126) if amax else self.global_scale  # 1 / g stays finite
 
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
-        scales = amax_n / (E2M1_MAX * global_scale)
+        scales = amax_n * (1 / (E2M1_MAX * global_scale))
         return scales.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
 
 
@@ -213,7 +245,7 @@ class Int4(Format):
 
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
         if self.scale_rule == "absmax":
-            return (amax_n / 7).bfloat16()
+            return (amax_n * (1 / 7)).bfloat16()
         rms = x_ng.double().square().mean(-1).sqrt()
         return (2 * GAUSSIAN_CLIP_4BIT / 15 * rms).clamp_(max=4e37).bfloat16()  # 7.5 s stays finite in float32
 

@@ -1,12 +1,18 @@
 """`QuantLinear`: a linear layer with 4-bit weights and activations that are quantized at every forward."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wush.algorithms import QuantizedWeight
+from wush.backends import Kernels, linear
 from wush.formats import Format, Quantized
-from wush.transforms import apply_blocks
+from wush.operands import Weight, bits_of
+
+if TYPE_CHECKING:
+    from wush.joint import Joint
 
 
 class QuantLinear(nn.Module):
@@ -14,20 +20,32 @@ class QuantLinear(nn.Module):
 
     Buffers: `packed_weight` `(O, I * bits / 8)` uint8; `scales` `(O, N)`; `transform` `(N, G, G)`, `(G, G)` or
     None in the model's dtype; `bias` `(O,)` or None. The global scale travels with the state dict. Activations are
-    rounded to nearest in the same format. The product is computed in float32 of the dequantized operands and
-    returned in the input's dtype.
+    rounded to nearest in the same format; a row with NaN or infinity gives a row of NaN. `kernels` says what computes
+    it (`wush.use_kernels`); the reference is the float32 product of the dequantized operands. The result has the
+    input's dtype.
     """
 
     packed_weight: Tensor
     scales: Tensor
     transform: Tensor | None
     bias: Tensor | None
-    byte_values: Tensor
 
-    def __init__(self, weight: QuantizedWeight, fmt: Format, bias: Tensor | None = None, name: str = "") -> None:
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        fmt: Format,
+        bias: Tensor | None = None,
+        name: str = "",
+        kernels: Kernels = "auto",
+    ) -> None:
         super().__init__()
         self.format = fmt
         self.name = name
+        self.kernels = kernels
+        self.keep_operands = True
+        self.joint: Joint | None = None
+        self.joint_index = 0
+        self.not_joined = ""
         self.global_scale = weight.quantized.global_scale
         self.out_features, self.in_features = weight.quantized.codes.shape
         self.register_buffer("packed_weight", fmt.pack(weight.quantized.codes))
@@ -35,31 +53,61 @@ class QuantLinear(nn.Module):
         # Contiguous as when read back from a file: strides choose a product's kernel, and so its last bits.
         self.register_buffer("transform", None if weight.transform is None else weight.transform.contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("byte_values", fmt.byte_values.to(self.packed_weight.device), persistent=False)
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor], fmt: Format, name: str = "") -> "QuantLinear":
+    def from_state(
+        cls, state: dict[str, Tensor], fmt: Format, name: str = "", kernels: Kernels = "auto"
+    ) -> "QuantLinear":
         """The layer whose `state_dict` this is, on the device of its tensors."""
         quantized = Quantized(fmt.unpack(state["packed_weight"]), state["scales"], state["_extra_state"].item())
-        return cls(QuantizedWeight(quantized, state.get("transform")), fmt, state.get("bias"), name)
+        return cls(QuantizedWeight(quantized, state.get("transform")), fmt, state.get("bias"), name, kernels)
 
     def weight(self) -> Tensor:
         """The dequantized weight `(O, I)` float32, in transformed coordinates."""
-        elements = F.embedding(self.packed_weight.int(), self.byte_values).flatten(-2)
-        return self.format.expand(self.format.groups(elements), self.scales, self.global_scale).flatten(-2)
+        return self.own.values()
 
-    def quantize_input(self, x: Tensor) -> Tensor:
-        """`Q(T x)` in float32, `(..., I)`; raises `NumericError` that names the layer for NaN or infinity."""
-        x = x.float()
-        if self.transform is not None:
-            x = apply_blocks(x, self.transform.float())
-        return self.format.round_trip(x, f"{self.name} input")
+    @property
+    def own(self) -> Weight:
+        """This layer's weight, transform and bias."""
+        return Weight(self.format, self.packed_weight, self.scales, self.global_scale, self.transform, self.bias)
+
+    @property
+    def operand_source(self) -> Weight:
+        """The weight that forward multiplies with: of all layers it is joined with, or its own."""
+        return self.joint.weight if self.joint is not None and self.joint.whole else self.own
 
     def forward(self, x: Tensor) -> Tensor:
-        product = F.linear(self.quantize_input(x), self.weight())
-        if self.bias is not None:
-            product += self.bias
-        return product.to(x.dtype)
+        self._check(x)
+        if self.joint is not None:
+            return self.joint.output(x, self)
+        return linear(x, self.own, self.kernels, self.keep_operands)
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{self.name}: the input has {x.shape[-1]} features, the layer {self.in_features}")
+        if not x.is_floating_point() or x.dtype == torch.float64 or x.dtype.itemsize == 1:
+            raise TypeError(f"{self.name}: the input is {x.dtype}; it should be float32, bfloat16 or float16")
+        if x.device != self.packed_weight.device:
+            raise ValueError(
+                f"{self.name}: the input is on {x.device}, the weight on {self.packed_weight.device}; move one of them"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """Move the buffers; scales are bits to a change of dtype, which would round them."""
+        own = self.scales.dtype
+        self.scales = bits_of(self.scales)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales = self.scales.view(own)
+        if self.joint is not None:
+            self.joint.mend()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.joint is not None and self.transform is not None:
+            self.transform = self.transform.clone()  # the one that is loaded may differ from the other layers'
+        super()._load_from_state_dict(*args)
+        if self.joint is not None:
+            self.joint.mend()
 
     def get_extra_state(self) -> Tensor:
         """The global scale, `(1,)` float64."""

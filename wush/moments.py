@@ -4,11 +4,14 @@ Shape legend: `O` output features, `I` input features, `N` blocks, `G` block siz
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from wush.device import found, has_kernels
 from wush.errors import NumericError
 
 log = logging.getLogger(__name__)
@@ -18,9 +21,12 @@ MAX_DOUBLINGS = 10
 
 
 class SecondMoment:
-    """`H = E[x x^T]` of the inputs of one or more linears, accumulated in float64 on the inputs' device.
+    """`H = E[x x^T]` of the inputs of one or more linears, accumulated on the inputs' device.
 
-    With a `block_size` only the diagonal blocks of that size are kept: all that RTN needs, at a fraction of the cost.
+    Sums are float64, of float32 products of one window each. On a GPU with kernels the sums of a whole moment are
+    float32, half the memory: products of 16-bit numbers are exact there, a batch's sum is float32 in the tensor cores,
+    and each batch is added with one rounding. With a `block_size` only the diagonal blocks of that size are kept: all
+    that RTN needs, at a fraction of the cost.
     """
 
     def __init__(
@@ -33,15 +39,24 @@ class SecondMoment:
         self.name = name
         self.tokens = 0
         self._block_size = block_size or in_features
+        self._by_kernel = self._block_size == in_features and has_kernels(torch.device(device))
         shape = (in_features // self._block_size, self._block_size, self._block_size)
-        self._sums_ngg = torch.zeros(shape, dtype=torch.float64, device=device)
+        dtype = torch.float32 if self._by_kernel else torch.float64
+        self._sums_ngg = torch.zeros(shape, dtype=dtype, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Accumulate inputs `(..., M, I)`: one float32 product a leading index, so that batching changes no bit."""
-        for x_mi in x.detach().reshape(-1, *x.shape[-2:]).float():
-            x_ngm = x_mi.unflatten(1, (-1, self._block_size)).permute(1, 2, 0)
-            self._sums_ngg += x_ngm @ x_ngm.mT
-            self.tokens += x_mi.shape[0]
+        """Accumulate inputs `(..., M, I)`; on a CPU one product a leading index, so that batching changes no bit."""
+        x_bmi = x.detach().reshape(-1, *x.shape[-2:])
+        if self._by_kernel:
+            from wush_kernels.second_moment import second_moment
+
+            second_moment(x_bmi.flatten(0, 1), out=self._sums_ngg[0])
+        else:
+            windows = x_bmi.flatten(0, 1).unsqueeze(0) if x.is_cuda else x_bmi
+            for x_mi in windows.float():
+                x_ngm = x_mi.unflatten(1, (-1, self._block_size)).permute(1, 2, 0)
+                self._sums_ngg += x_ngm @ x_ngm.mT
+        self.tokens += x_bmi.shape[0] * x_bmi.shape[1]
         for derived in ("_means_ngg", "inverse_factor"):
             self.__dict__.pop(derived, None)
 
@@ -49,9 +64,9 @@ class SecondMoment:
     def _means_ngg(self) -> Tensor:
         if not self.tokens:
             raise NumericError(f"{self.name}: no calibration token reached this input")
-        if not self._sums_ngg.isfinite().all():
+        if found(~self._sums_ngg.isfinite()):
             raise NumericError(f"{self.name}: NaN or infinity in the calibration activations")
-        return self._sums_ngg / self.tokens
+        return self._sums_ngg.double() / self.tokens
 
     @property
     def matrix(self) -> Tensor:
@@ -81,36 +96,51 @@ def diagonal_blocks(matrix: Tensor, block_size: int) -> Tensor:
 def weight_moments(weight_oi: Tensor, block_size: int) -> Tensor:
     """`M_W,b = W_b^T W_b / O` for each column block, `(N, G, G)` float64."""
     blocks_ngo = weight_oi.double().unflatten(1, (-1, block_size)).permute(1, 2, 0)
-    return blocks_ngo @ blocks_ngo.mT / weight_oi.shape[0]
+    part = math.gcd(len(weight_oi), 256)
+    if weight_oi.is_cuda and len(blocks_ngo) == 1 and part >= 32:
+        # One small product of a tall block would occupy a corner of the GPU; those of its parts fill it.
+        blocks_ngo = blocks_ngo[0].unflatten(1, (-1, part)).transpose(0, 1)
+        return (blocks_ngo @ blocks_ngo.mT).sum(0, keepdim=True) / len(weight_oi)
+    return blocks_ngo @ blocks_ngo.mT / len(weight_oi)
 
 
 def damp(matrix: Tensor, rho: float | Tensor = DAMPING) -> Tensor:
     """`M + rho * mean(diag M) * I` for one matrix or a batch `(..., G, G)`; `rho` may differ along the batch."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = (mean * rho)[..., None, None]
-    return matrix + ridge * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    damped = matrix.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal += (diagonal.mean(-1) * rho).unsqueeze(-1)
+    return damped
 
 
-def damped_cholesky(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
+def damped_cholesky(matrix: Tensor, what: str | Sequence[str]) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factors of `damp(M)` and `damp(M)` itself, for one matrix or a batch.
 
     Where a factorization fails, its `rho` is doubled, with a warning that names `what`; after ten doublings a
-    `NumericError` is raised.
+    `NumericError` is raised. `what` may be one name for each index of the batch's first dimension.
     """
     rho = torch.full(matrix.shape[:-2], DAMPING, dtype=matrix.dtype, device=matrix.device)
     for _ in range(MAX_DOUBLINGS + 1):
         damped = damp(matrix, rho)
         factor, info = torch.linalg.cholesky_ex(damped)
         failed = info != 0
-        if not failed.any():
+        if not found(failed):
             return factor, damped
         rho = torch.where(failed, 2 * rho, rho)
-        log.warning("%s: second moment not positive definite; damping raised to %.3g", what, rho.max().item())
+        log.warning(
+            "%s: second moment not positive definite; damping raised to %.3g", named(what, failed), rho.max().item()
+        )
     raise NumericError(
-        f"{what}: second moment is not positive definite even with damping {rho.max().item() / 2:.3g} of its mean "
-        f"diagonal (a group of channels may be all zero); calibrate on more text or leave the layer out with "
-        "quantize.exclude=[...]"
+        f"{named(what, failed)}: second moment is not positive definite even with damping {rho.max().item() / 2:.3g} "
+        "of its mean diagonal (a group of channels may be all zero); calibrate on more text or leave the layer out "
+        "with quantize.exclude=[...]"
     )
+
+
+def named(what: str | Sequence[str], flags: Tensor) -> str:
+    """The names, of one for each index of the first dimension, of those with a flag set; one name is for all."""
+    if isinstance(what, str):
+        return what
+    return ", ".join(name for name, own in zip(what, flags.reshape(len(flags), -1).any(1).tolist(), strict=True) if own)
 
 
 def inverse_factor(matrix: Tensor, what: str) -> Tensor:

@@ -5,35 +5,46 @@ To add a transform, subclass `Transform` and return `T` in float64 from `fit`.
 Shape legend: `O` output features, `I` input features, `N` blocks, `G` block size.
 """
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from wush.device import found, has_kernels
 from wush.errors import NumericError
-from wush.moments import damp, damped_cholesky, weight_moments
+from wush.moments import damp, damped_cholesky, named, weight_moments
 
 
 class Transform(ABC):
     """A way to choose `T` from a weight and the second moments of its inputs.
 
     `refit`: whether GPTQ fits `T_b` anew on each block as updated so far (it does not matter to RTN).
+    `share`: whether linears that are fed by one tensor get one transform, fitted on their joined weights.
     """
 
     name: ClassVar[str]
     refit: bool = False
+    share: bool = False
 
     @abstractmethod
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
         """`T` in float64 for a weight `(O, I)` and `M_X` `(N, G, G)`; errors and warnings name `what`."""
+
+    def fit_each(self, weights: Sequence[Tensor], moments_ngg: Tensor, names: Sequence[str]) -> Tensor:
+        """The transforms of several weights with the same inputs, stacked; to overload where they fit in one batch."""
+        fitted = [self.fit(weight, moments_ngg, what) for weight, what in zip(weights, names, strict=True)]
+        return torch.stack(fitted)
 
 
 @dataclass(frozen=True)
 class Identity(Transform):
     """`T = I`: the format alone."""
 
+    share = True
     name: ClassVar[str] = "i"
 
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
@@ -45,23 +56,22 @@ class RandomRotation(Transform):
     """A Haar-random orthogonal matrix, the same for every block of every layer."""
 
     seed: int = 0
+    share = True
     name: ClassVar[str] = "r"
 
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
-        size = moments_ngg.shape[-1]
-        generator = torch.Generator().manual_seed(self.seed)
-        q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-        return (q * r.diagonal().sign()).to(moments_ngg.device)
+        return _rotation_on(moments_ngg.device, moments_ngg.shape[-1], self.seed)
 
 
 @dataclass(frozen=True)
 class Hadamard(Transform):
     """`T = Hd`: the data-free baseline."""
 
+    share = True
     name: ClassVar[str] = "h"
 
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
-        return hadamard(moments_ngg.shape[-1]).to(moments_ngg.device)
+        return _hadamard_on(moments_ngg.device, moments_ngg.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -69,14 +79,21 @@ class Wus(Transform):
     """`T = S^-1/2 U^T L^T`: WUSH without its Hadamard backbone."""
 
     refit: bool = True
+    share: bool = False
     name: ClassVar[str] = "wus"
 
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
-        lower, _ = damped_cholesky(weight_moments(weight_oi, moments_ngg.shape[-1]), f"{what} weight")
-        squared, vectors = torch.linalg.eigh(lower.mT @ damp(moments_ngg.double()) @ lower)
-        if not (squared > 0).all():
+        return self.fit_each([weight_oi], moments_ngg, [what])[0]
+
+    def fit_each(self, weights: Sequence[Tensor], moments_ngg: Tensor, names: Sequence[str]) -> Tensor:
+        of_weights = torch.stack([weight_moments(weight, moments_ngg.shape[-1]) for weight in weights])
+        lower, _ = damped_cholesky(of_weights, [f"{what} weight" for what in names])
+        squared, vectors = symmetric_eigen(lower.mT @ damp(moments_ngg.double()) @ lower)
+        indefinite = ~(squared > 0)
+        if found(indefinite):
+            inputs = named([f"{what} input" for what in names], indefinite)
             raise NumericError(
-                f"{what} input: second moment is not positive definite (a group of channels may be all zero); "
+                f"{inputs}: second moment is not positive definite (a group of channels may be all zero); "
                 "calibrate on more text or leave the layer out with quantize.exclude=[...]"
             )
         # S^2 are the eigenvalues, so S^-1/2 is their power -1/4.
@@ -88,11 +105,39 @@ class Wush(Transform):
     """`T = Hd S^-1/2 U^T L^T`: both sides get the same second moment, and its diagonal is constant."""
 
     refit: bool = True
+    share: bool = False
     name: ClassVar[str] = "wush"
 
     def fit(self, weight_oi: Tensor, moments_ngg: Tensor, what: str = "layer") -> Tensor:
-        balanced = Wus().fit(weight_oi, moments_ngg, what)
-        return hadamard(balanced.shape[-1]).to(balanced.device) @ balanced
+        return self.fit_each([weight_oi], moments_ngg, [what])[0]
+
+    def fit_each(self, weights: Sequence[Tensor], moments_ngg: Tensor, names: Sequence[str]) -> Tensor:
+        balanced = Wus().fit_each(weights, moments_ngg, names)
+        return _hadamard_on(balanced.device, balanced.shape[-1]) @ balanced
+
+
+def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `(..., G)`, rising, and eigenvectors `(..., G, G)`, in columns, of symmetric float64 matrices."""
+    size = matrices.shape[-1]
+    if has_kernels(matrices.device) and size in (16, 32):
+        from wush_kernels.eigen import eigen
+
+        values, vectors = eigen(matrices.reshape(-1, size, size))
+        return values.view(matrices.shape[:-1]), vectors.view(matrices.shape)
+    return torch.linalg.eigh(matrices)  # on a GPU it waits for the device: torch offers no unchecked variant
+
+
+# Kept on each device, since a copy to a GPU waits for it.
+@functools.cache
+def _rotation_on(device: torch.device, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
+    return (q * r.diagonal().sign()).to(device)
+
+
+@functools.cache
+def _hadamard_on(device: torch.device, size: int) -> Tensor:
+    return hadamard(size).to(device)
 
 
 def hadamard(size: int) -> Tensor:
@@ -113,7 +158,19 @@ def apply_blocks(x: Tensor, transform: Tensor) -> Tensor:
     return torch.einsum("...ng,nhg->...nh", blocks, transform).flatten(-2)
 
 
-def transform_weight(weight_oi: Tensor, transform: Tensor) -> Tensor:
+def transform_weight(weight_oi: Tensor, transform: Tensor, what: str = "layer") -> Tensor:
     """`W_b T_b^-1` on each block, in float64: the inverse is that of the transform as given (rounded)."""
-    inverse = torch.linalg.inv(transform.double())
-    return apply_blocks(weight_oi.double(), inverse.mT)
+    return apply_blocks(weight_oi.double(), inverse(transform, what).mT)
+
+
+def inverse(transform: Tensor, what: str | Sequence[str] = "layer") -> Tensor:
+    """The inverses, float64, of transforms `(..., G, G)`; a `NumericError` names `what` where there is none.
+
+    `what` may be one name for each index of the first dimension.
+    """
+    inverse, info = torch.linalg.inv_ex(transform.double())
+    if found(info != 0):
+        raise NumericError(
+            f"{named(what, info != 0)}: its transform has no inverse in {str(transform.dtype).removeprefix('torch.')}"
+        )
+    return inverse

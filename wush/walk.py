@@ -3,15 +3,17 @@
 import fnmatch
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from wush.algorithms import Algorithm
+from wush.algorithms import Algorithm, QuantizedWeight
+from wush.backends import Kernels
 from wush.decoder import BlockCalls, find_blocks, linear_inputs, linears, record_calls, run_block
+from wush.device import without_waiting
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format, check_groups
 from wush.linear import QuantLinear
@@ -24,7 +26,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized linear: its name within the block, the linears it shared its input with, and its storage."""
+    """One quantized linear: its name within the block, the linears it shared its input with, and its storage.
+
+    A transform that linears share is counted once, each linear having its part of it by its number of weights.
+    """
 
     name: str
     shared_input: tuple[str, ...]
@@ -89,6 +94,7 @@ class _Work:
     calls: list[BlockCalls]
     saved: SavedBlocks | None
     progress: Progress
+    kernels: Kernels
 
 
 @torch.no_grad()
@@ -104,11 +110,12 @@ def quantize(
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
     saved: SavedBlocks | None = None,
+    kernels: Kernels = "auto",
 ) -> nn.Module:
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `report` is filled in with each block as it is done, and `on_block` called. Blocks that `saved`
+    as `*.down_proj`. `kernels`: what the quantized layers run on (`wush.use_kernels`). `report` is filled in with each block as it is done, and `on_block` called. Blocks that `saved`
     has are restored, and each new one is given to it: the result is the same, bit for bit. Raises `ValueError` for a
     layer that does not fit the format or a pattern that excludes nothing, before any work; `UnsupportedModelError`;
     `NumericError` that names the layer.
@@ -122,7 +129,7 @@ def quantize(
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
     _check_layers(blocks_name, blocks, chosen, format)
     calls = _record_batches(model, blocks, batches, progress)
-    work = _Work(format, transform, algorithm, calls, saved, progress)
+    work = _Work(format, transform, algorithm, calls, saved, progress, kernels)
     for index, block in progress.track(enumerate(blocks), "decoder blocks", len(blocks)):
         name = f"{blocks_name}.{index}"
         done = _restore(name, block, index, chosen[index], work) or _quantize_block(
@@ -146,7 +153,7 @@ def _quantize_block(name: str, block: nn.Module, index: int, names: list[str], w
     device = next(block.parameters()).device
     moment_size = None if work.algorithm.needs_whole_moment else work.format.group_size
     groups, outputs = _calibrate(name, block, work.calls, index, names, moment_size, device, work.progress)
-    layers = _quantize_layers(name, block, groups, work)
+    layers = _quantize_layers(name, block, groups, work, device)
     work.progress.detail(f"{name} output error")
     mse, relative = _advance(block, work.calls, index, outputs, device)
     if not mse < float("inf"):
@@ -170,16 +177,19 @@ def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _W
     for layer in report.layers:
         own = {key.removeprefix(f"{layer.name}."): t for key, t in tensors.items() if key.startswith(f"{layer.name}.")}
         state = {key: tensor if key == "_extra_state" else tensor.to(device) for key, tensor in own.items()}
-        block.set_submodule(layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}"))
+        block.set_submodule(
+            layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}", work.kernels)
+        )
+    _join(block, {layer.shared_input for layer in report.layers}, work.transform)
     for call in work.calls:
         call.hidden = run_block(block, call.hidden.to(device), call.arguments[index]).cpu()
     return report
 
 
 def _tensors(block: nn.Module) -> dict[str, Tensor]:
-    """What `SavedBlocks` keeps of a quantized block."""
+    """What `SavedBlocks` keeps of a quantized block: no tensor shares memory with another."""
     return {
-        f"{name}.{key}": tensor
+        f"{name}.{key}": tensor.clone()
         for name, module in block.named_modules()
         if isinstance(module, QuantLinear)
         for key, tensor in module.state_dict().items()
@@ -297,36 +307,59 @@ def _groups_of(
 
 
 def _quantize_layers(
-    name: str,
-    block: nn.Module,
-    groups: list[_Group],
-    work: _Work,
+    name: str, block: nn.Module, groups: list[_Group], work: _Work, device: torch.device
 ) -> list[LayerReport]:
+    """Put quantized layers in the place of a block's linears, those fed by one tensor together."""
+    originals = linears(block)
+
+    def quantized(group: _Group) -> list[QuantizedWeight]:
+        names = [f"{name}.{linear}" for linear in group.names]
+        work.progress.detail(names[0] if len(names) == 1 else f"{name}: {', '.join(group.names)}")
+        weights = [originals[linear].weight for linear in group.names]
+        return work.algorithm.quantize_group(weights, group.moment, work.transform, work.format, names)
+
+    results = without_waiting(lambda: [quantized(group) for group in groups], device)
     layers = []
-    for group in groups:
-        for linear_name in group.names:
-            what = f"{name}.{linear_name}"
-            work.progress.detail(what)
-            linear = linears(block)[linear_name]
-            weight = work.algorithm.quantize_weight(linear.weight, group.moment, work.transform, work.format, what)
-            quantized = QuantLinear(weight, work.format, linear.bias, what)
-            block.set_submodule(linear_name, quantized)
-            size = linear.weight.numel()
-            layers.append(LayerReport(linear_name, tuple(group.names), quantized.storage_bits() / size, size))
+    for group, weights in zip(groups, results, strict=True):
+        together = sum(originals[linear].weight.numel() for linear in group.names)
+        for linear, weight in zip(group.names, weights, strict=True):
+            layer = QuantLinear(weight, work.format, originals[linear].bias, f"{name}.{linear}", work.kernels)
+            block.set_submodule(linear, layer)
+            size = originals[linear].weight.numel()
+            bits = _bits_per_weight(layer, size, together if work.transform.share else size)
+            layers.append(LayerReport(linear, tuple(group.names), bits, size))
+    _join(block, {tuple(group.names) for group in groups}, work.transform)
     return layers
+
+
+def _bits_per_weight(layer: QuantLinear, own: int, sharing: int) -> float:
+    """Bits for each of a layer's `own` weights, whose transform is also that of the other `sharing` weights."""
+    stored = layer.transform
+    transform = 0 if stored is None or stored.ndim == 2 else 8 * stored.numel() * stored.itemsize
+    return (layer.storage_bits() - transform) / own + transform / sharing
+
+
+def _join(block: nn.Module, groups: Iterable[tuple[str, ...]], transform: Transform) -> None:
+    """Run linears that are fed by one tensor as one, where they have one transform."""
+    from wush.joint import join
+
+    for names in groups:
+        if transform.share and len(names) > 1:
+            join(block, names)
 
 
 def _advance(
     block: nn.Module, calls: list[BlockCalls], index: int, originals: list[Tensor], device: torch.device
 ) -> tuple[float, float]:
-    """Replace each batch's hidden states by the quantized block's outputs; its mean squared error, and relative."""
-    error = power = 0.0
-    count = 0
+    """Replace each batch's hidden states by the quantized block's outputs; its mean squared error, and relative.
+
+    The sums stay on the device until the last batch is done.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for call, original in zip(calls, originals, strict=True):
-        output = run_block(block, call.hidden.to(device), call.arguments[index]).cpu()
-        difference = output.double() - original.double()
-        error += difference.square().sum().item()
-        power += original.double().square().sum().item()
-        count += original.numel()
-        call.hidden = output
-    return error / count, error / power if power else float(error > 0)
+        output = run_block(block, call.hidden.to(device), call.arguments[index])
+        exact = original.to(device).double()
+        sums += torch.stack([(output.double() - exact).square().sum(), exact.square().sum()])
+        call.hidden = output.cpu()
+    error, power = sums.tolist()
+    return error / sum(len(original.flatten()) for original in originals), error / power if power else float(error > 0)

@@ -1,5 +1,6 @@
 """A killed trial goes on where it was, and comes out the same bit for bit."""
 
+import hashlib
 import json
 import logging
 import subprocess
@@ -112,6 +113,15 @@ def test_blocks_of_other_code_are_reported_and_made_again(
     assert again.restored_blocks == 0
     assert "made by another wush source" in caplog.text
     assert len(list(blocks.glob("*"))) == 2
+
+
+def test_the_code_that_blocks_depend_on_includes_the_kernels_which_are_not_imported_for_it() -> None:
+    check = "import sys; from experiments.environment import code_versions as c; print(c(), *sys.modules, sep='\\n')"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=ROOT)
+    versions, *modules = found.stdout.splitlines()
+    assert "wush_kernels source" in versions
+    assert hashlib.sha256().hexdigest() not in versions  # of no file at all
+    assert not {"wush_kernels", "torch"} & set(modules)
 
 
 def test_blocks_made_on_another_device_are_used_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,9 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert torch.__version__.startswith(record.versions["torch"])
     assert set(record.environment) == {"host", "platform", "processor", "cores", "threads", "device"}
     assert record.metrics.predictions == 2 * 31
+    (ran_on,) = record.kernels
+    assert ran_on == "mxfp4: quantize torch, matmul torch (no CUDA GPU)"
+    assert "model.layers.0-1.mlp.down_proj" in record.kernels[ran_on]
     assert record.model_revision is None
     folder = ResultStore(cli.folder / "results").trial(record.trial_id)
     assert {path.name for path in folder.iterdir()} == {

@@ -70,11 +70,20 @@ def test_evaluation_leaves_no_hook_behind(generator: torch.Generator) -> None:
     assert original(input_ids=ids).logits.shape[0] == 5
 
 
-def test_logits_that_are_not_finite_are_an_error(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.1.mlp.down_proj"])
+def test_logits_that_are_not_finite_are_an_error_that_names_where(name: str, generator: torch.Generator) -> None:
     original, ids = model(), windows(generator)
     broken = copy.deepcopy(original)
-    broken.model.norm.weight.data[0] = torch.nan
-    with pytest.raises(wush.NumericError, match="logits are not finite"):
+    broken.get_submodule(name).weight.data[0] = torch.nan
+    with pytest.raises(wush.NumericError, match=f"logits are not finite: .* out of {name};"):
+        wush.evaluate(broken, ids, wush.original_states(original, ids))
+
+
+def test_finite_logits_that_give_a_token_no_probability_are_an_error_too(generator: torch.Generator) -> None:
+    original, ids = model(), windows(generator)
+    broken = copy.deepcopy(original)
+    broken.lm_head.weight.data *= 1e6
+    with pytest.raises(wush.NumericError, match="no probability"):
         wush.evaluate(broken, ids, wush.original_states(original, ids))
 
 

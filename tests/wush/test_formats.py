@@ -45,7 +45,7 @@ def test_nvfp4_scale_is_the_rounded_share_of_amax(generator: torch.Generator) ->
     x = torch.randn(8, 64, generator=generator)
     quantized = wush.NVFP4.quantize(x)
     amax = x.unflatten(1, (-1, 16)).abs().amax(-1)
-    assert torch.equal(quantized.scales.float(), (amax / (6 * 0.1)).to(torch.float8_e4m3fn).float())
+    assert torch.equal(quantized.scales.float(), (amax * (1 / (6 * 0.1))).to(torch.float8_e4m3fn).float())
     huge = wush.NVFP4.quantize(torch.full((1, 16), 1e6))
     assert huge.scales.float().item() == 448.0
     assert wush.NVFP4.dequantize(huge).max() == pytest.approx(6 * 448 * 0.1)
@@ -65,7 +65,7 @@ def test_int4_is_the_floor_with_the_gaussian_clip(generator: torch.Generator) ->
     quantized = wush.INT4.quantize(x)
     groups = x.unflatten(1, (-1, 32))
     scale = (2 * 2.513930578568423 / 15 * groups.double().square().mean(-1).sqrt()).bfloat16()
-    k = (groups / scale.float().unsqueeze(-1)).floor().clamp(-8, 7)
+    k = (groups * (1 / scale.float().unsqueeze(-1))).floor().clamp(-8, 7)
     assert torch.equal(quantized.scales, scale)
     assert torch.equal(quantized.codes.unflatten(1, (-1, 32)).int() - 8, k.int())
     assert torch.equal(wush.INT4.dequantize(quantized).unflatten(1, (-1, 32)), (k + 0.5) * scale.float().unsqueeze(-1))
@@ -90,15 +90,15 @@ def test_mxfp8_error_is_within_half_a_step(generator: torch.Generator) -> None:
 
 
 def possible_scales(fmt: Format) -> torch.Tensor:
-    """Every scale but zero that `quantize` can store, `(N,)`."""
+    """Every scale that `quantize` can store, `(N,)`, if `1 / s` and `x / g` of its elements x are float32 numbers."""
     if fmt.scale_dtype == torch.bfloat16:
         scales = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
-        return scales[8 * scales.float() <= FLOAT32_MAX]
+        return scales[(8 * scales.float() <= FLOAT32_MAX) & (1 / scales.float() <= FLOAT32_MAX)]
     if fmt.scale_dtype == torch.float8_e4m3fn:
         return torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
     amax = torch.exp2(torch.arange(-149, 128).double()).float()
-    codes = fmt.find_scales(amax[:, None].expand(-1, fmt.group_size))[:, 0].view(torch.uint8)
-    return codes.unique().view(torch.float8_e8m0fnu)
+    codes = fmt.find_scales(amax[:, None].expand(-1, fmt.group_size))[:, 0].view(torch.uint8).unique()
+    return codes[: -1 if fmt == wush.MXFP4 else None].view(torch.float8_e8m0fnu)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=ids)
@@ -247,7 +247,9 @@ ENDS = [
     (wush.NVFP4, 0.59 * 2.0**-10, 0.0),
     (wush.NVFP4, 2.0**-149, 0.0),
     # BF16 scales end at 2^-133.
-    (wush.Int4("absmax"), 7 * 2.0**-133, 7 * 2.0**-133),
+    (wush.Int4("absmax"), 7 * 2.0**-127, 7 * 2.0**-127),
+    # Their inverses end at 2^128: a scale of 2^-133 counts as 2^-128, and its elements vanish.
+    (wush.Int4("absmax"), 7 * 2.0**-133, 0.0),
     (wush.Int4("absmax"), 2.0**-149, 0.0),
     (wush.INT4, 2.0**-149, 0.0),
 ]
@@ -262,6 +264,37 @@ def test_values_at_the_ends_of_float32(fmt: Format, x: float, expected: float) -
         back = fmt.dequantize(quantized)
         assert back[0, 0].abs().item() == pytest.approx(expected, rel=2.0**-21, abs=2.0**-149)
         assert back[0, 0].sign() * (expected > 0) == signed[0, 0].sign() * (expected > 0)
+
+
+def test_paper_mxfp4_saturates_where_x_over_g_is_past_float32() -> None:
+    """Only in the last binade: 3x of `4/3 * 2^126` is 2^128, and it becomes the element 6 in place of 4."""
+    x = torch.zeros(1, 32)
+    x[0, :3] = torch.tensor([2.0**127, 4 / 3 * 2.0**126 * (1 - 2.0**-23), 4 / 3 * 2.0**126 * (1 + 2.0**-22)])
+    assert (wush.MXFP4.quantize(x).codes[0, :3] & 7).tolist() == [7, 6, 7]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=ids)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_unchecked_a_non_finite_value_makes_its_group_nan_and_changes_no_other(fmt: Format, bad: float) -> None:
+    x = wide_values(torch.Generator().manual_seed(1), rows=8)
+    expected = fmt.quantize(x)
+    x[3, 65] = bad
+    group = 65 // fmt.group_size
+    found = fmt.quantize(x, checked=False)
+    values, others = fmt.dequantize(found).unflatten(-1, (-1, fmt.group_size)), torch.ones(found.scales.shape) == 1
+    others[3, group] = False
+    assert values[3, group].isnan().all()
+    assert torch.equal(found.scales.float()[others], expected.scales.float()[others])
+    assert torch.equal(values[others], fmt.groups(fmt.dequantize(expected))[others])
+    assert fmt.groups(fmt.round_trip(x, checked=False))[3, group].isnan().all()
+
+
+def test_the_scale_of_a_non_finite_group_has_the_nan_that_the_kernels_write() -> None:
+    bits = {}
+    for fmt in FORMATS:
+        scale = fmt.find_scales(torch.full((1, 32), torch.inf), checked=False)[0, 0]
+        bits[fmt.name] = scale.view(torch.uint8 if scale.itemsize == 1 else torch.int16).item()
+    assert bits == {"mxfp4": 255, "mxfp8": 255, "nvfp4": 127, "int4": 0x7FC0}
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt != wush.INT4], ids=repr)

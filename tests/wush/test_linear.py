@@ -79,12 +79,13 @@ def test_storage_counts_codes_scales_and_the_layers_own_transform(generator: tor
     assert wush_layer.storage_bits() == weights * 4.25 + 2 * 32 * 32 * 32
 
 
-def test_nan_in_the_input_is_an_error_that_names_the_layer(generator: torch.Generator) -> None:
+def test_nan_in_a_row_of_the_input_gives_a_row_of_nan(generator: torch.Generator) -> None:
     _, ours = quantized(generator)
     x = torch.randn(3, 64, generator=generator)
+    expected = ours(x)
     x[1, 2] = torch.nan
-    with pytest.raises(wush.NumericError, match=r"mlp\.up_proj input: NaN"):
-        ours(x)
+    assert ours(x)[1].isnan().all()
+    assert torch.equal(ours(x)[::2], expected[::2])
 
 
 def test_an_empty_batch_gives_an_empty_output(generator: torch.Generator) -> None:

@@ -89,3 +89,29 @@ def test_a_failed_factorization_is_damped_more_with_a_warning(caplog: pytest.Log
 def test_a_hopeless_factorization_is_an_error_with_the_remedy() -> None:
     with pytest.raises(wush.NumericError, match=r"v_proj.*not positive definite.*quantize\.exclude"):
         damped_cholesky(torch.zeros(2, 2), "v_proj")
+
+
+def test_a_failure_in_a_batch_names_only_those_that_failed(caplog: pytest.LogCaptureFixture) -> None:
+    good = torch.eye(2, dtype=torch.float64)
+    indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]], dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        damped_cholesky(torch.stack([good, indefinite, good]), ["q_proj", "k_proj", "v_proj"])
+    assert "k_proj: " in caplog.text
+    assert "q_proj" not in caplog.text
+    with pytest.raises(wush.NumericError, match=r"^q_proj, v_proj: second moment"):
+        damped_cholesky(torch.stack([0 * good, good, 0 * good]), ["q_proj", "k_proj", "v_proj"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("block_size", [None, 32])
+def test_a_gpu_sums_in_float32_or_better(
+    dtype: torch.dtype, block_size: int | None, generator: torch.Generator
+) -> None:
+    batches = torch.randn(5, 3, 200, 96, generator=generator).to(dtype)
+    moments = [wush.SecondMoment(96, device, block_size=block_size) for device in ("cpu", "cuda")]
+    for batch in batches:
+        for moment in moments:
+            moment.add(batch.to(moment._sums_ngg.device))
+    ours, theirs = (moment.diagonal_blocks(32).cpu() for moment in moments)
+    assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()  # tensor cores cut their sums off

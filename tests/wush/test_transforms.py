@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import wush
-from wush.transforms import Transform, apply_blocks, hadamard, transform_weight
+from wush.transforms import Transform, apply_blocks, hadamard, inverse, transform_weight
 
 ALL = [wush.Identity(), wush.RandomRotation(3), wush.Hadamard(), wush.Wus(), wush.Wush()]
 
@@ -171,3 +171,39 @@ def test_a_group_of_dead_channels_is_an_error_that_names_the_layer(generator: to
     moments[1] = 0
     with pytest.raises(wush.NumericError, match="down_proj input: second moment is not positive definite"):
         wush.Wush().fit(weight, moments, "down_proj")
+
+
+@pytest.mark.parametrize("transform", ALL, ids=lambda t: t.name)
+def test_weights_fitted_in_one_batch_get_the_transforms_they_get_alone(
+    transform: Transform, generator: torch.Generator
+) -> None:
+    weight, _, moments = layer(generator)
+    weights = [weight, weight[:16].float(), -weight.flip(1)]
+    together = transform.fit_each(weights, moments, ["a", "b", "c"])
+    assert all(torch.equal(own, transform.fit(alone, moments)) for own, alone in zip(together, weights, strict=True))
+
+
+def test_transforms_that_look_at_no_weight_are_shared_and_others_on_demand() -> None:
+    assert [transform.share for transform in ALL] == [True, True, True, False, False]
+    assert wush.Wush(share=True).share
+
+
+def test_in_a_batch_the_error_names_the_layer_it_is_about(generator: torch.Generator) -> None:
+    weight, _, moments = layer(generator)
+    dead = weight.clone()
+    dead[:, 32:64] = 0
+    with pytest.raises(wush.NumericError, match=r"^up_proj weight: second moment is not positive definite"):
+        wush.Wush().fit_each([weight, dead], moments, ["gate_proj", "up_proj"])
+
+
+def test_a_transform_without_an_inverse_is_an_error_that_names_the_layer() -> None:
+    with pytest.raises(wush.NumericError, match="up_proj: its transform has no inverse in bfloat16"):
+        inverse(torch.ones(2, 4, 4, dtype=torch.bfloat16), "up_proj")
+
+
+@pytest.mark.gpu
+def test_wush_on_a_gpu_balances_the_moments_too(generator: torch.Generator) -> None:
+    weight, _, moments = layer(generator)
+    fitted = wush.Wush().fit(weight.cuda(), moments.cuda()).cpu()
+    x_side, w_side, _ = balanced_moments(weight, moments, fitted)
+    assert_relatively_close(x_side, w_side)

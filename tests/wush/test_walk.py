@@ -109,6 +109,83 @@ def test_linears_fed_by_one_tensor_share_their_moment(generator: torch.Generator
     }
 
 
+GROUPS = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+
+
+@pytest.mark.parametrize("algorithm", [wush.Rtn(), wush.Gptq()], ids=lambda a: a.name)
+def test_linears_fed_by_one_tensor_can_share_their_transform(algorithm: wush.Gptq, generator: torch.Generator) -> None:
+    model, ids = tiny("llama"), tokens(generator)
+    quantize(model, ids, wush.MXFP4, transform=wush.Wush(share=True), algorithm=algorithm)
+    for names in GROUPS:
+        first, *others = (model.model.layers[1].get_submodule(name).transform for name in names)
+        assert first.ndim == 3
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("transform", [wush.Wush(share=True), wush.Hadamard(), wush.Identity()], ids=repr)
+def test_linears_with_one_transform_and_input_run_as_one(transform: wush.Wush, generator: torch.Generator) -> None:
+    model, ids = tiny("llama"), tokens(generator)
+    quantize(model, ids, wush.MXFP4, transform=transform)
+    layer = model.model.layers[2]
+    for names in GROUPS:
+        assert len({id(layer.get_submodule(name).joint) for name in names}) == 1
+        assert layer.get_submodule(names[0]).joint is not None
+    assert layer.self_attn.o_proj.joint is None
+
+
+def test_linears_with_transforms_of_their_own_run_apart(generator: torch.Generator) -> None:
+    model = tiny("llama")
+    quantize(model, tokens(generator), wush.MXFP4, transform=wush.Wush())
+    assert all(module.joint is None for module in model.modules() if isinstance(module, wush.QuantLinear))
+
+
+def test_a_shared_transform_is_counted_once(generator: torch.Generator) -> None:
+    own, shared = (
+        quantize(tiny("llama"), tokens(generator), wush.MXFP4, transform=wush.Wush(share=share)).blocks[0].layers
+        for share in (False, True)
+    )
+    # Of 64 inputs: two blocks of 32 x 32 float32, over 64 q, 32 k and 32 v rows, each for itself or for all.
+    transform = 2 * 32 * 32 * 32
+    for layers, expected in (
+        (own, [transform / (rows * 64) for rows in (64, 32, 32)]),
+        (shared, [transform / 8192] * 3),
+    ):
+        found = {layer.name: layer.bits_per_weight - 4.25 for layer in layers}
+        assert [found[name] for name in GROUPS[0]] == expected
+
+
+class Kept:
+    """Keeps blocks in memory, as they would be read from a file."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[wush.BlockReport, dict[str, Tensor]]] = {}
+
+    def load(self, index: int) -> tuple[wush.BlockReport, dict[str, Tensor]] | None:
+        return self.blocks.get(index)
+
+    def save(self, report: wush.BlockReport, tensors: dict[str, Tensor]) -> None:
+        self.blocks[report.index] = report, tensors
+
+
+@pytest.mark.parametrize("transform", [wush.Wush(share=True), wush.Wush(), wush.Hadamard()], ids=repr)
+def test_restored_blocks_are_joined_as_new_ones_and_compute_the_same(
+    transform: wush.Wush, generator: torch.Generator
+) -> None:
+    ids, kept, models = tokens(generator), Kept(), (tiny("llama"), tiny("llama"))
+    for model in models:
+        quantize(model, ids, wush.MXFP4, transform=transform, saved=kept)
+    layers = [model.model.layers[1].mlp.up_proj for model in models]
+    assert (layers[0].joint is None) == (layers[1].joint is None) == (not transform.share)
+    assert torch.equal(models[0](input_ids=ids).logits, models[1](input_ids=ids).logits)
+
+
+def test_saved_tensors_share_no_memory(generator: torch.Generator) -> None:
+    kept = Kept()
+    quantize(tiny("llama"), tokens(generator), wush.MXFP4, transform=wush.Wush(share=True), saved=kept)
+    tensors = list(kept.blocks[0][1].values())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
+
+
 def test_each_layer_is_calibrated_on_its_own_inputs_after_the_quantized_blocks(generator: torch.Generator) -> None:
     ids, model = tokens(generator, 2), tiny("llama")
     reference = copy.deepcopy(model)

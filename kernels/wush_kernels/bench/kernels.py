@@ -1,0 +1,211 @@
+"""Every kernel by itself, at the sizes of `SIZES` and of `products.SHAPES`.
+
+Kernels are imported where they are measured, so that one that cannot be imported is a line with its error.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wush.transforms import apply_blocks
+from wush_kernels.bench import operands, products
+from wush_kernels.bench.cases import ROUNDED, Case, Prepared, inputs_for
+from wush_kernels.bench.measurement import ADDMM, OURS, Errors, Work
+from wush_kernels.bench.operands import FORMATS, FourBit
+from wush_kernels.bench.timing import Effort
+
+Kernel = Callable[..., Any]
+SIZES = ((1024, 4096), (8192, 8192), (4096, 14336))
+TIES = 1e-4  # share of codes that may differ: a transform's sums are in another order, and a tie falls elsewhere
+SUMMED = 1e-3  # of a long float32 sum on tensor cores
+
+
+def cases(effort: Effort, quick: bool) -> Iterator[Case]:
+    """All of them, or a few of each kind."""
+    sizes: Sequence[tuple[int, int]] = SIZES[:2] if quick else SIZES
+    kinds = ("block", "none") if quick else ("block", "shared", "none")
+    formats = tuple(FORMATS.values())
+    for fmt, kind, size in product(formats, kinds, sizes):
+        yield _quantize(*size, fmt, kind, effort)
+    for kind, size in product(kinds, sizes):
+        yield _fp8_operand(*size, kind, effort)
+    for kind, size in product(kinds, sizes):
+        yield _half_operand(*size, kind, effort)
+    for size in sizes:
+        yield _block_transform(*size, effort)
+    for fmt, size in product(formats, sizes):
+        yield _dequantize(*size, fmt, effort)
+    for size in sizes:
+        yield _encode(*size, effort)
+    yield from products.cases(effort, quick)
+    for size in sizes[1:]:
+        yield _second_moment(*size, effort)
+
+
+def _quantize(tokens: int, features: int, fmt: FourBit, kind: str, effort: Effort) -> Case:
+    def prepare() -> Prepared:
+        from wush_kernels.quantize import quantize
+
+        matrix = operands.transform(fmt, features, kind)
+
+        def check() -> Errors:
+            x = operands.activations(tokens, features)
+            codes, scales = quantize(x, fmt, matrix)
+            transformed = x.float() if matrix is None else apply_blocks(x.float(), matrix.float())
+            expected = fmt.quantize(transformed)
+            pairs = [(codes, fmt.pack(expected.codes)), (scales, expected.scales)]
+            return operands.mismatched(pairs, 0.0 if matrix is None else TIES)
+
+        inputs = _cold_inputs(tokens, features, effort)
+        return Prepared({OURS: [partial(quantize, x, fmt, matrix) for x in inputs]}, check)
+
+    work = _quantizing(tokens, features, fmt, kind, fmt.bits_per_weight / 8)
+    return Case("quantize", f"{fmt.name} {kind}", tokens, 0, features, work, prepare)
+
+
+def _fp8_operand(tokens: int, features: int, kind: str, effort: Effort) -> Case:
+    def load() -> tuple[Kernel, Callable[[Any], Tensor]]:
+        from wush_kernels.dequantize import natural_order
+        from wush_kernels.fp8_operand import fp8_operand
+
+        return fp8_operand, lambda made: natural_order(made[0].float(), 32) * made[1][:, None]
+
+    return _operand("fp8_operand", FORMATS["mxfp4"], tokens, features, kind, 1.0, load, effort)
+
+
+def _half_operand(tokens: int, features: int, kind: str, effort: Effort) -> Case:
+    def load() -> tuple[Kernel, Callable[[Any], Tensor]]:
+        from wush_kernels.dequantize import natural_order
+        from wush_kernels.half_operand import half_operand
+
+        return partial(half_operand, dtype=torch.float16), lambda made: natural_order(made.float(), 16) * 2.0**7
+
+    return _operand("half_operand", FORMATS["nvfp4"], tokens, features, kind, 2.0, load, effort)
+
+
+def _operand(
+    name: str,
+    fmt: FourBit,
+    tokens: int,
+    features: int,
+    kind: str,
+    bytes_written: float,
+    load: Callable[[], tuple[Kernel, Callable[[Any], Tensor]]],
+    effort: Effort,
+) -> Case:
+    """`load` gives the kernel, and what turns its result into values over the global scale, in natural order."""
+
+    def prepare() -> Prepared:
+        kernel, values_of = load()
+        matrix = operands.transform(fmt, features, kind)
+
+        def check() -> Errors:
+            x = operands.activations(tokens, features)
+            expected = operands.rounded_input(x, fmt, matrix, 1.0)
+            return operands.mismatched([(values_of(kernel(x, fmt, matrix)), expected)], 0.0 if matrix is None else TIES)
+
+        inputs = _cold_inputs(tokens, features, effort)
+        return Prepared({OURS: [partial(kernel, x, fmt, matrix) for x in inputs]}, check)
+
+    work = _quantizing(tokens, features, fmt, kind, bytes_written)
+    return Case(name, f"{fmt.name} {kind}", tokens, 0, features, work, prepare)
+
+
+def _block_transform(tokens: int, features: int, effort: Effort) -> Case:
+    fmt = FORMATS["mxfp4"]
+
+    def prepare() -> Prepared:
+        from wush_kernels.block_transform import block_transform
+
+        matrix = operands.transform(fmt, features)
+        assert matrix is not None
+
+        def check() -> Errors:
+            x = operands.activations(tokens, features)
+            return operands.compare(block_transform(x, matrix), apply_blocks(x.double(), matrix.double()), ROUNDED)
+
+        inputs = _cold_inputs(tokens, features, effort)
+        return Prepared({OURS: [partial(block_transform, x, matrix) for x in inputs]}, check)
+
+    work = _quantizing(tokens, features, fmt, "block", 2.0)
+    return Case("block_transform", "bf16", tokens, 0, features, work, prepare)
+
+
+def _dequantize(rows: int, features: int, fmt: FourBit, effort: Effort) -> Case:
+    def prepare() -> Prepared:
+        from wush_kernels.dequantize import dequantize
+
+        def check() -> Errors:
+            packed, scales = operands.packed(fmt, rows, features)
+            expected = operands.values(fmt, packed, scales, fmt.global_scale).bfloat16()
+            found = dequantize(packed, scales, fmt, dtype=torch.bfloat16)
+            return operands.mismatched([(found.float(), expected.float())])
+
+        copies = _packed_copies(fmt, rows, features, effort)
+        return Prepared(
+            {OURS: [partial(dequantize, codes, scales, fmt, dtype=torch.bfloat16) for codes, scales in copies]}, check
+        )
+
+    work = Work(operands.packed_bytes(fmt, rows, features) + 2 * rows * features)
+    return Case("dequantize", f"{fmt.name} to bf16", rows, 0, features, work, prepare)
+
+
+def _encode(rows: int, features: int, effort: Effort) -> Case:
+    fmt = FORMATS["mxfp4"]
+
+    def prepare() -> Prepared:
+        from wush_kernels.dequantize import natural_order
+        from wush_kernels.encode import fp8_row_bases, fp8_weight
+
+        def check() -> Errors:
+            packed, scales = operands.packed(fmt, rows, features)
+            made = fp8_weight(packed, scales)
+            found = natural_order(made.bytes.float(), fmt.group_size) * made.row_scales[:, None]
+            return operands.mismatched([(found, operands.values(fmt, packed, scales, 1.0))])
+
+        copies = _packed_copies(fmt, rows, features, effort)
+        return Prepared({OURS: [partial(fp8_weight, *one, fp8_row_bases(*one)) for one in copies]}, check)
+
+    work = Work(operands.packed_bytes(fmt, rows, features) + rows * features)
+    return Case("fp8_weight", "mxfp4 to e4m3", rows, 0, features, work, prepare)
+
+
+def _second_moment(tokens: int, features: int, effort: Effort) -> Case:
+    def prepare() -> Prepared:
+        from wush_kernels.second_moment import second_moment
+
+        def check() -> Errors:
+            x = operands.activations(tokens, features)
+            return operands.compare(second_moment(x), x.double().T @ x.double(), SUMMED)
+
+        inputs = _cold_inputs(tokens, features, effort)
+        sums = torch.zeros(features, features, device=operands.DEVICE)
+        rounded = torch.zeros(features, features, device=operands.DEVICE, dtype=torch.bfloat16)
+        contenders = {
+            OURS: [partial(second_moment, x, out=sums) for x in inputs],
+            ADDMM: [partial(torch.addmm, rounded, x.T, x) for x in inputs],
+        }
+        return Prepared(contenders, check)
+
+    work = Work(2 * tokens * features + 4 * features**2, tokens * features * (features + 1))
+    return Case("second_moment", "bf16", tokens, 0, features, work, prepare)
+
+
+def _cold_inputs(tokens: int, features: int, effort: Effort) -> list[Tensor]:
+    return inputs_for(effort.copies(2 * tokens * features), tokens, features, effort)
+
+
+def _packed_copies(fmt: FourBit, outputs: int, features: int, effort: Effort) -> list[tuple[Tensor, Tensor]]:
+    count = effort.copies(operands.packed_bytes(fmt, outputs, features))
+    return [operands.packed(fmt, outputs, features) for _ in range(count)]
+
+
+def _quantizing(tokens: int, features: int, fmt: FourBit, kind: str, bytes_written: float) -> Work:
+    """Of a pass over `(M, I)` bfloat16: the transform is read once, and its product is 2 G operations an element."""
+    groups = {"block": features // fmt.group_size, "shared": 1, "none": 0}[kind]
+    moved = tokens * features * (2 + bytes_written) + 2 * groups * fmt.group_size**2
+    return Work(moved, 0.0 if kind == "none" else 2.0 * tokens * features * fmt.group_size)

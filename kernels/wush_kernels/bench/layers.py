@@ -1,0 +1,89 @@
+"""Whole layers, transform + quantize + matmul through `QuantLinear`, against cuBLAS at the same shape.
+
+Every layer has a dense transform for each block, as WUSH fits them. Linears that share their input are measured
+joined and apart. BF16 is `nn.Linear`'s product; FP8 is `torch._scaled_mm` alone, its operands FP8 beforehand.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+from torch import Tensor, nn
+
+import wush
+from wush.backends import planned, use_kernels
+from wush_kernels.bench import operands
+from wush_kernels.bench.cases import Baselines, Case, Prepared, each, inputs_for
+from wush_kernels.bench.measurement import OURS, Errors, Rate, Work
+from wush_kernels.bench.operands import FORMATS, FourBit
+from wush_kernels.bench.products import product_errors
+from wush_kernels.bench.shapes import TOKENS, LayerShape, layer_shapes
+from wush_kernels.bench.timing import Effort
+
+QUICK_TOKENS = (1, 64, 1024)
+LIMIT = 1e-2  # relative error in bfloat16; a code that a tie decides otherwise moves a result by more than rounding
+RATES: dict[str, Rate] = {"mxfp4": "fp8", "nvfp4": "bf16"}  # the tensor cores that hold its values exactly
+
+
+def cases(models: Sequence[str], effort: Effort, quick: bool) -> Iterator[Case]:
+    """Both formats of every different linear of the models, at every number of tokens."""
+    shapes = layer_shapes(models)
+    for shape in shapes[:2] if quick else shapes:
+        baselines = Baselines(shape.out_features, shape.in_features, effort)
+        for fmt in FORMATS.values():
+            layers = Layers(fmt, shape, effort)
+            for tokens in QUICK_TOKENS if quick else TOKENS:
+                yield _case(layers, tokens, baselines)
+
+
+class Layers:
+    """Copies of one layer with random weights."""
+
+    def __init__(self, fmt: FourBit, shape: LayerShape, effort: Effort) -> None:
+        self.format, self.shape, self.effort = fmt, shape, effort
+        self.weight_bytes = operands.packed_bytes(fmt, shape.out_features, shape.in_features)
+
+    @cached_property
+    def copies(self) -> list[wush.QuantLinear]:
+        """Enough not to fit the cache, on the kernels that are chosen for this device."""
+        count, sizes = self.effort.copies(self.weight_bytes), (self.shape.out_features, self.shape.in_features)
+        matrix = operands.transform(self.format, self.shape.in_features)
+        layers = nn.ModuleList(operands.layer(self.format, *sizes, matrix) for _ in range(count))
+        use_kernels(layers, "auto")
+        return list(layers)
+
+    def errors(self, tokens: int) -> Errors:
+        """Of one of them on fresh inputs, against float64 of the reference's codes, at some of the features."""
+        layer, x = self.copies[0], operands.activations(tokens, self.shape.in_features)
+        return product_errors(layer(x), x, layer.packed_weight, layer.scales, self.format, layer.transform, LIMIT)
+
+    def work(self, tokens: int) -> Work:
+        """Packed weights, scales and transforms, the input and the output in bfloat16, each moved once."""
+        sizes = self.shape
+        transforms = 2 * sizes.in_features * self.format.group_size
+        moved = self.weight_bytes + transforms + 2 * tokens * (sizes.in_features + sizes.out_features)
+        return Work(moved, 2.0 * tokens * sizes.weights, RATES[self.format.name])
+
+
+def _case(layers: Layers, tokens: int, baselines: Baselines) -> Case:
+    def prepare() -> Prepared:
+        inputs = inputs_for(len(layers.copies), tokens, layers.shape.in_features, layers.effort)
+        calls = each(_forward, inputs, layers.copies)
+        return Prepared(
+            {OURS: calls, **baselines.contenders(inputs)}, lambda: layers.errors(tokens), path(layers.copies[0], tokens)
+        )
+
+    shape = layers.shape
+    return Case(
+        "layer", layers.format.name, tokens, shape.out_features, shape.in_features, layers.work(tokens), prepare,
+        shape.used_by,
+    )  # fmt: skip
+
+
+def _forward(x: Tensor, layer: wush.QuantLinear) -> Tensor:
+    return layer(x)
+
+
+def path(layer: wush.QuantLinear, tokens: int) -> str:
+    """What the dispatch chooses for so many tokens: how the input is quantized, and the product."""
+    choice = planned(layer, tokens)
+    return f"{choice.quantize} + {choice.matmul}"

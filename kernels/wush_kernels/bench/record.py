@@ -1,0 +1,128 @@
+"""A benchmark's record: where and with what it ran, every measurement, as one JSON file written as the run goes on."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from wush_kernels.bench.measurement import Ceilings, Measurement, measurement_from
+
+SCHEMA = 1
+CHECKOUT = Path(__file__).parents[3]
+RESULTS = CHECKOUT / "kernels" / "benchmarks" / "results"
+
+
+@dataclass
+class Record:
+    """`sections`: seconds of each that was finished. `finished`: whether the run came to its end."""
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    ceilings: Ceilings
+    measurements: list[Measurement] = field(default_factory=list)
+    sections: dict[str, float] = field(default_factory=dict)
+    finished: bool = False
+
+    def of(self, section: str) -> list[Measurement]:
+        """The measurements of a section."""
+        return [one for one in self.measurements if one.section == section]
+
+    def failed(self) -> list[Measurement]:
+        """The lines on which something went wrong."""
+        return [one for one in self.measurements if one.failure]
+
+
+def save(record: Record, path: Path, promises: list[dict[str, Any]]) -> None:
+    """Write the record, and what became of the promises, atomically."""
+    content = {"schema": SCHEMA, **dataclasses.asdict(record), "promises": promises}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        json.dump(_finite(content), file, indent=1, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def load(path: Path) -> Record:
+    """The record in a file; raises `ValueError` that says why for a file that holds none."""
+    try:
+        content = json.loads(path.read_text())
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {content['schema']}, not {SCHEMA}; measure again")
+        return Record(
+            content["environment"],
+            content["settings"],
+            Ceilings(**content["ceilings"]),
+            [measurement_from(one) for one in content["measurements"]],
+            content["sections"],
+            content["finished"],
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no record of a benchmark can be read there: {error}") from error
+
+
+def default_path(environment: dict[str, Any], quick: bool) -> Path | None:
+    """A name not taken in the checkout's folder of results; None where the package is installed without its source."""
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        return None
+    gpu = re.sub(r"[^a-z0-9]+", "-", environment["gpu"].lower()).strip("-")
+    stem = f"{gpu}-{environment['date'][:10]}{'-quick' if quick else ''}"
+    number = 1
+    while (path := RESULTS / f"{stem}{f'-{number}' if number > 1 else ''}.json").exists():
+        number += 1
+    return path
+
+
+def describe_environment() -> dict[str, Any]:
+    """The GPU, its driver, and the versions of what runs on it."""
+    import torch
+
+    gpu = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": gpu.name,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
+        "memory_bytes": gpu.total_memory,
+        "processors": gpu.multi_processor_count,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        "git_commit": _said("git", "-C", str(CHECKOUT), "rev-parse", "HEAD"),
+        "git_changes": bool(_said("git", "-C", str(CHECKOUT), "status", "--porcelain")),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _said(*command: str) -> str | None:
+    """What a program prints; None when there is no such program, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

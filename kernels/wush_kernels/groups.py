@@ -1,0 +1,194 @@
+"""Groups of a tile, from loading and transforming them to codes and values: device functions of the quantizing kernels.
+
+Tiles are `(BLOCKS, ROWS, G)` float32: `BLOCKS` groups side by side of `ROWS` rows. Bit formulas are those of
+`wush_kernels.numerics`; a group with NaN or infinity gets a NaN scale, or NaN values, and touches no other.
+"""
+
+import triton
+import triton.language as tl
+
+from wush_kernels import numerics as nm
+
+BLOCK_COLUMNS = 128  # columns of a program's tile
+
+
+@triton.jit
+def load_transformed(
+    x, transform, row, column, M, I, stride_x, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    TRANSFORM: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """`T x` of a tile as float32 `(BLOCKS, ROWS, G)`; zero outside the tensor."""
+    rows = row + tl.arange(0, ROWS)
+    columns = column + tl.arange(0, BLOCKS * G)
+    inside = (rows < M)[:, None] & (columns < I)[None, :]
+    tile = tl.load(x + rows.to(tl.int64)[:, None] * stride_x + columns[None, :], mask=inside, other=0.0)
+    x_brg = tl.permute(tl.reshape(tile, (ROWS, BLOCKS, G)), (1, 0, 2))
+    if TRANSFORM == "none":
+        return x_brg.to(tl.float32)
+    else:
+        t_bhg = _load_transform(transform, column // G, I, G, BLOCKS, TRANSFORM)
+        if (
+            INTERPRET or x_brg.dtype != t_bhg.dtype
+        ):  # interpreted bfloat16 products are wrong; in float32 they are exact
+            x_brg, t_bhg = x_brg.to(tl.float32), t_bhg.to(tl.float32)
+        return tl.dot(x_brg, tl.permute(t_bhg, (0, 2, 1)), input_precision="ieee")
+
+
+@triton.jit
+def _load_transform(transform, block, I, G: tl.constexpr, BLOCKS: tl.constexpr, TRANSFORM: tl.constexpr):
+    """The blocks `(BLOCKS, G, G)` of a transform from `block` on."""
+    g = tl.arange(0, G)
+    if TRANSFORM == "shared":
+        one = tl.load(transform + g[:, None] * G + g[None, :])
+        return tl.broadcast_to(one[None, :, :], (BLOCKS, G, G))
+    else:
+        blocks = block + tl.arange(0, BLOCKS)
+        offsets = blocks[:, None, None] * (G * G) + g[None, :, None] * G + g[None, None, :]
+        return tl.load(transform + offsets, mask=(blocks * G < I)[:, None, None], other=0.0)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def magnitudes(x_brg):
+    """The bits (int32) of each group's largest magnitude, `(BLOCKS, ROWS)`; of NaN where the group has one."""
+    return tl.reduce(tl.abs(x_brg), 2, _larger).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def mxfp4_exponent(magnitude, RULE: tl.constexpr):
+    """The exponent of a group's scale, of the bits of its largest magnitude."""
+    if RULE == "paper":
+        return tl.minimum((magnitude >> 23) - 127, 126)
+    else:
+        tl.static_assert(RULE == "ocp", "an unknown scale rule")
+        return tl.maximum((magnitude >> 23) - 129, -127)
+
+
+@triton.jit
+def mxfp4_units(x_brg, exponent, shift, finite, inverse_g, RULE: tl.constexpr):
+    """`x / g * 2^-shift`, NaN where its group is not finite, and the threshold of the group's unit.
+
+    One rounding, as the reference's: both scale by powers of two otherwise.
+    """
+    factor = tl.where(finite, inverse_g * nm.power_of_two(-shift), float("nan"))
+    relative = tl.minimum(tl.maximum(exponent - shift, -100), 100)
+    x_brg = x_brg * factor[:, :, None]
+    if RULE == "ocp":  # values past 6 units clip
+        bound = (6.0 * nm.power_of_two(relative))[:, :, None]
+        x_brg = tl.minimum(tl.maximum(x_brg, -bound, tl.PropagateNan.ALL), bound, tl.PropagateNan.ALL)
+    return x_brg, nm.e2m1_threshold(relative)[:, :, None]
+
+
+@triton.jit
+def _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET: tl.constexpr):
+    """`x / g / s`, 0 where s = 0, and the scales `(BLOCKS, ROWS)`, E4M3 numbers in float32."""
+    amax = magnitude.to(tl.float32, bitcast=True)
+    scale = nm.snap_e4m3(tl.minimum(amax * scale_factor, 448.0))
+    return (x_brg * inverse_g) * _e4m3_reciprocal(scale, INTERPRET)[:, :, None], scale
+
+
+@triton.jit
+def _e4m3_reciprocal(scale, INTERPRET: tl.constexpr):
+    """`1 / s` of E4M3 numbers, correctly rounded (a test tries them all); 0 where s = 0."""
+    if INTERPRET:  # without a fused multiplication the step below rounds twice
+        return _reciprocal(scale)
+    else:
+        safe = tl.where(scale == 0.0, 1.0, scale)
+        guess = 1.0 / safe
+        return tl.where(scale == 0.0, 0.0, tl.fma(guess, tl.fma(-safe, guess, 1.0), guess))
+
+
+@triton.jit
+def _reciprocal(scale):
+    zero = scale == 0.0
+    reciprocal = tl.minimum(tl.div_rn(1.0, tl.where(zero, 1.0, scale)), 3.4028234663852886e38)
+    return tl.where(zero, 0.0, reciprocal)
+
+
+@triton.jit
+def _int4_scale(x_brg, magnitude, scale_factor, G: tl.constexpr, RULE: tl.constexpr):
+    """The BF16 bits (int32) of each group's scale, and its value."""
+    if RULE == "absmax":
+        wide = magnitude.to(tl.float32, bitcast=True) * scale_factor
+    else:
+        tl.static_assert(RULE == "rms", "an unknown scale rule")
+        RMS_FACTOR: tl.constexpr = 2 * 2.513930578568423 / 15
+        mean = tl.sum(x_brg.to(tl.float64) * x_brg.to(tl.float64), 2) / G
+        wide = tl.minimum(tl.sqrt(mean) * RMS_FACTOR, 4e37).to(tl.float32)
+    bits = wide.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # nearest even
+    return bits, (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_codes(
+    x_brg, inverse_g, scale_factor,
+    FORMAT: tl.constexpr, RULE: tl.constexpr, ELEMENT: tl.constexpr, G: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Codes `(BLOCKS, ROWS, G)` and the bits of the scales `(BLOCKS, ROWS)`, both int32."""
+    magnitude = magnitudes(x_brg)
+    finite = magnitude < 0x7F800000
+    if FORMAT == "mxfp4":
+        exponent = mxfp4_exponent(magnitude, RULE)
+        far = tl.where(exponent > 64, 64, tl.where(exponent < -64, -64, 0))
+        units, threshold = mxfp4_units(x_brg, exponent, far, finite, inverse_g, RULE)
+        return nm.e2m1_code_at(units, threshold), tl.where(finite, exponent + 127, 255)
+    elif FORMAT == "nvfp4":
+        units, scale = _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET)
+        return nm.e2m1_code_at(units, nm.e2m1_threshold(0)), tl.where(finite, nm.e4m3_code(scale), 0x7F)
+    elif FORMAT == "mxfp8":
+        exponent = tl.maximum((magnitude >> 23) - 135, -127)
+        units = x_brg * nm.power_of_two(-exponent)[:, :, None]
+        return nm.to_code(nm.snap(units, ELEMENT), ELEMENT), tl.where(finite, exponent + 127, 255)
+    else:
+        tl.static_assert(FORMAT == "int4", "an unknown format")
+        bits, scale = _int4_scale(x_brg, magnitude, scale_factor, G, RULE)
+        units = x_brg * _reciprocal(scale)[:, :, None]
+        return nm.to_code(nm.snap(units, ELEMENT), ELEMENT), tl.where(finite, bits, 0x7FC0)
+
+
+@triton.jit
+def group_values(
+    x_brg, inverse_g, scale_factor, FORMAT: tl.constexpr, RULE: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """`Q(x) / g`, float32 `(BLOCKS, ROWS, G)`; NaN throughout a group that is not finite."""
+    magnitude = magnitudes(x_brg)
+    finite = magnitude < 0x7F800000
+    if FORMAT == "mxfp4":
+        exponent = mxfp4_exponent(magnitude, RULE)
+        far = tl.where(exponent > 64, 64, tl.where(exponent < -64, -64, 0))
+        units, threshold = mxfp4_units(x_brg, exponent, far, finite, inverse_g, RULE)
+        return nm.round_e2m1_at(units, threshold) * nm.power_of_two(far)[:, :, None]
+    elif FORMAT == "nvfp4":
+        units, scale = _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET)
+        return nm.snap_e2m1(units) * tl.where(finite, scale, float("nan"))[:, :, None]
+    else:
+        tl.static_assert(FORMAT == "mxfp8", "a format whose values are not exact in 16 bits")
+        exponent = tl.maximum((magnitude >> 23) - 135, -127)
+        snapped = nm.snap_e4m3(x_brg * nm.power_of_two(-exponent)[:, :, None])
+        return snapped * tl.where(finite, nm.power_of_two(exponent), float("nan"))[:, :, None]
+
+
+@triton.jit
+def store_operand(
+    value_brg, out, row, block, M, I, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Store a tile `(BLOCKS, ROWS, G)` in operand order."""
+    halves = tl.permute(tl.reshape(value_brg.to(out.dtype.element_ty), (BLOCKS, ROWS, G // 2, 2)), (1, 0, 3, 2))
+    tile = tl.reshape(halves, (ROWS, BLOCKS * G))
+    rows, columns = row + tl.arange(0, ROWS), block * G + tl.arange(0, BLOCKS * G)
+    inside = (rows < M)[:, None] & (columns < I)[None, :]
+    tl.store(out + rows.to(tl.int64)[:, None] * I + columns[None, :], tile, inside)
+
+
+@triton.jit
+def store_group_scales(bits, scales, row, block, M, groups, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Store the scales' bits `(BLOCKS, ROWS)` to `(M, groups)`."""
+    rows, blocks = row + tl.arange(0, ROWS), block + tl.arange(0, BLOCKS)
+    at = scales + rows.to(tl.int64)[None, :] * groups + blocks[:, None]
+    tl.store(at, bits.to(scales.dtype.element_ty), (rows < M)[None, :] & (blocks < groups)[:, None])

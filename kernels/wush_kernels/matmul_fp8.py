@@ -1,0 +1,255 @@
+"""MXFP4 x MXFP4 on FP8 tensor cores, with weights decoded from 4 bits in registers: for few tokens.
+
+`y[m, o] = alpha * a_scale[m] * w_scale[o] * sum_i a[m, i] * w[o, i] + bias[o]`. Both operands are exact E5M2 numbers,
+so the only rounding is that of the sums, promoted to float32 every `BLOCK_I` columns.
+
+Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(M,)` (`wush_kernels.fp8_operand`); packed
+weights `(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32, four groups' to a word, each above its row's base plus
+13, with `w_scales` `(O,)` (`wush_kernels.encode.exponents`); bias `(O,)`; the result `(M, O)`.
+Weights are the tall side of the product. The columns are split among programs; the last one of a tile to finish adds
+the partial sums in a fixed order.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wush_kernels.numerics import e2m1_value
+from wush_kernels.offline import Case
+from wush_kernels.split import finish, plan_splits
+from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.workspace import workspace
+
+G = 32
+OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+# Four bytes of codes: look the eight magnitudes up, sort even from odd columns, put the signs in place.
+_DECODE = """
+{
+    .reg .b32 magnitudes, upper, first, second, signs;
+    and.b32 magnitudes, $2, 0x77777777;
+    shr.u32 upper, magnitudes, 16;
+    prmt.b32 first, $3, $7, magnitudes;
+    prmt.b32 second, $3, $7, upper;
+    shl.b32 signs, $2, 4;
+    prmt.b32 $0, first, second, 0x6420;
+    prmt.b32 $1, first, second, 0x7531;
+    lop3.b32 $0, $0, signs, 0x80808080, 0xF8;
+    lop3.b32 $1, $1, $2, 0x80808080, 0xF8;
+}
+"""
+
+
+@triton.jit
+def _decode(packed, exponent, DECODE: tl.constexpr, EMULATE: tl.constexpr):
+    """Even and odd columns, float8e5 like `packed`, of codes with their group's exponent, plus 13, int32."""
+    if EMULATE:
+        factor = ((exponent + (127 - 13)) << 23).to(tl.float32, bitcast=True)
+        code = packed.to(tl.int32)
+        even, odd = e2m1_value(code & 15) * factor, e2m1_value(code >> 4) * factor
+        return even.to(tl.float8e5), odd.to(tl.float8e5)
+    # E2M1 magnitudes 0..3 and 4..7 as bytes of E5M2, times 2^(exponent - 13); zero does not move.
+    low = exponent * 0x04040400 + (0x3E3C3800 - 13 * 0x04040400)
+    high = exponent * 0x04040404 + (0x46444240 - 13 * 0x04040404)
+    even, odd = tl.inline_asm_elementwise(
+        DECODE, "=&r,=&r,r,r,r,r,r,r,r,r,r", [packed, low, high], (tl.uint8, tl.uint8), is_pure=True, pack=4
+    )
+    return even.to(tl.float8e5, bitcast=True), odd.to(tl.float8e5, bitcast=True)
+
+
+@triton.jit
+def _product(weight, a_tile, EMULATE: tl.constexpr):
+    if EMULATE:  # the interpreter's FP8 products are float32's, exactly
+        weight, a_tile = weight.to(tl.float32), a_tile.to(tl.float32)
+    return tl.dot(weight, tl.trans(a_tile))
+
+
+@triton.jit
+def _kernel(
+    a, a_scales, packed, exponents, w_scales, bias, out, partial, counters, M, O, I, row_bytes, alpha,
+    JOIN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = BLOCK_I // 2
+    WORDS: tl.constexpr = BLOCK_I // 128
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    half, word = tl.arange(0, HALF), tl.arange(0, WORDS)
+    o_in = tl.minimum(o, O - 1)  # rows past the end are read again and never stored
+    m_in = tl.minimum(m, M - 1)
+    packed_at = packed + o_in.to(tl.int64)[:, None] * row_bytes + half[None, :]
+    a_rows = a + m_in.to(tl.int64)[:, None] * I
+    a_at, a_even_at = a_rows + tl.arange(0, BLOCK_I)[None, :], a_rows + ((half // 16) * 32 + half % 16)[None, :]
+    exponents_at = exponents + word[:, None] * O + o_in[None, :]
+    steps = tl.cdiv(I, BLOCK_I)
+    first = steps * tl.program_id(2) // tl.num_programs(2)
+    last = steps * (tl.program_id(2) + 1) // tl.num_programs(2)
+    sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    for step in range(first, last):
+        i = step * BLOCK_I
+        column = i + (half // 16) * 32
+        if WHOLE:
+            codes = tl.load(packed_at + i // 2)
+            exponent = tl.load(exponents_at + (i // 128) * O)
+        else:
+            codes = tl.load(packed_at + i // 2, mask=(column < I)[None, :], other=0)
+            exponent = tl.load(exponents_at + (i // 128) * O, mask=(i + word * 128 < I)[:, None], other=0)
+        shifted = tl.trans(exponent)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
+        by_group = tl.reshape(shifted & 0xFF, (BLOCK_O, BLOCK_I // 32))
+        spread = tl.broadcast_to(by_group[:, :, None], (BLOCK_O, BLOCK_I // 32, 16))
+        even, odd = _decode(codes, tl.reshape(spread, (BLOCK_O, HALF)), DECODE, EMULATE)
+        if JOIN:  # one product of all columns: the better one for many tokens
+            pairs = tl.reshape(tl.join(even, odd), (BLOCK_O, BLOCK_I // 32, 16, 2))
+            weight = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (BLOCK_O, BLOCK_I))
+            a_tile = tl.load(a_at + i, mask=(i + tl.arange(0, BLOCK_I) < I)[None, :] | WHOLE, other=0.0)
+            sums += _product(weight, a_tile, EMULATE)
+        else:
+            inside = (column < I)[None, :] | WHOLE
+            part = _product(even, tl.load(a_even_at + i, mask=inside, other=0.0), EMULATE)
+            a_odd = tl.load(a_even_at + i + 16, mask=inside, other=0.0)
+            sums += tl.dot(odd, tl.trans(a_odd), part) if not EMULATE else part + _product(odd, a_odd, EMULATE)
+    sums = sums * tl.load(w_scales + o_in)[:, None]
+    finish(sums, a_scales, bias, out, partial, counters, o, m, M, O, alpha, SPLIT, BLOCK_O, BLOCK_M, True, HAS_BIAS)
+
+
+def matmul_fp8(
+    a: Tensor,
+    a_scales: Tensor,
+    packed: Tensor,
+    exponents: Tensor,
+    w_scales: Tensor,
+    alpha: float,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """The product `(M, O)` in `dtype`; `alpha` is the product of both sides' global scales.
+
+    Raises `ValueError` or `TypeError` for operands that do not fit, `RuntimeError` where kernels cannot run.
+    """
+    require_support(a, "matmul_fp8")
+    (rows, features), outputs = a.shape, len(packed)
+    if features % G:
+        raise ValueError(f"matmul_fp8: I = {features} is no multiple of the group size {G}")
+    if dtype not in OUTPUTS:
+        raise TypeError(f"matmul_fp8: dtype {dtype}, where bfloat16, float16 or float32 is needed")
+    check_tensor(a, "matmul_fp8: a", (torch.float8_e5m2,), (rows, features), a.device)
+    check_tensor(a_scales, "matmul_fp8: a_scales", (torch.float32,), (rows,), a.device)
+    check_tensor(packed, "matmul_fp8: packed", (torch.uint8,), (outputs, features // 2), a.device)
+    check_tensor(exponents, "matmul_fp8: exponents", (torch.int32,), (triton.cdiv(features, 128), outputs), a.device)
+    check_tensor(w_scales, "matmul_fp8: w_scales", (torch.float32,), (outputs,), a.device)
+    if bias is not None:
+        check_tensor(bias, "matmul_fp8: bias", OUTPUTS, (outputs,), a.device)
+    return torch.ops.wush.matmul_fp8(a, a_scales, packed, exponents, w_scales, alpha, bias, dtype)
+
+
+@torch.library.custom_op("wush::matmul_fp8", mutates_args=())
+def _matmul_fp8(
+    a: Tensor,
+    a_scales: Tensor,
+    packed: Tensor,
+    exponents: Tensor,
+    w_scales: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    (rows, features), outputs = a.shape, len(packed)
+    out = a.new_empty(rows, outputs, dtype=dtype)
+    if out.numel():
+        tile = plan(rows, outputs, features, a.device)
+        launch(tile, a, a_scales, packed, exponents, w_scales, alpha, bias, out)
+    return out
+
+
+@_matmul_fp8.register_fake
+def _(
+    a: Tensor,
+    a_scales: Tensor,
+    packed: Tensor,
+    exponents: Tensor,
+    w_scales: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty(a.shape[0], packed.shape[0], dtype=dtype)
+
+
+def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[str, int]:
+    """The tile sizes, splits, warps and pipeline stages of a product: the fastest of those tried on an H100."""
+    block_m = max(16, min(128, triton.next_power_of_2(rows)))
+    if block_m <= 32:
+        small = outputs * features < 1 << 25
+        sizes = (64, 128, 4, 4) if small else (128, 256, 8, 3)
+    elif block_m == 64:
+        sizes = (64, 256, 4, 3) if outputs < 1 << 14 else (128, 128, 4, 4)
+    else:
+        sizes = (128, 128, 8, 3)
+    tile = dict(zip(("BLOCK_O", "BLOCK_I", "num_warps", "num_stages"), sizes, strict=True))
+    tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, block_m)
+    splits = plan_splits(tiles, triton.cdiv(features, tile["BLOCK_I"]), device)
+    return tile | {"BLOCK_M": block_m, "SPLITS": splits, "JOIN": int(block_m > 32)}
+
+
+def launch(
+    tile: dict[str, int],
+    a: Tensor,
+    a_scales: Tensor,
+    packed: Tensor,
+    exponents: Tensor,
+    w_scales: Tensor,
+    alpha: float,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Run the kernel with a given tile, as `plan` makes one."""
+    (rows, features), outputs = a.shape, len(packed)
+    grid = (triton.cdiv(outputs, tile["BLOCK_O"]), triton.cdiv(rows, tile["BLOCK_M"]), tile["SPLITS"])
+    constants = {name: size for name, size in tile.items() if name != "SPLITS"}
+    cells = math.prod(grid) * tile["BLOCK_O"] * tile["BLOCK_M"] if grid[2] > 1 else 0
+    partial = torch.empty(cells, dtype=torch.float32, device=a.device)
+    _kernel[grid](
+        a, a_scales, packed, exponents, w_scales, bias, out, partial, workspace(a.device, grid[0] * grid[1]),
+        rows, outputs, features, features // 2, alpha, WHOLE=features % tile["BLOCK_I"] == 0, HAS_BIAS=bias is not None,
+        DECODE=_DECODE, EMULATE=INTERPRETED, SPLIT=grid[2] > 1,
+        enable_fp_fusion=False, **constants,
+    )  # fmt: skip
+
+
+def reference_matmul_fp8(
+    a: Tensor,
+    a_scales: Tensor,
+    packed: Tensor,
+    exponents: Tensor,
+    w_scales: Tensor,
+    alpha: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The product in float64, `(M, O)`, of the same codes and scales."""
+    features = a.shape[1]
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=a.device)
+    values = torch.cat([grid, -grid])
+    halves = torch.stack((values[(packed & 15).int()], values[(packed >> 4).int()]))  # even columns, odd columns
+    weight = halves.unflatten(2, (-1, G // 2)).permute(1, 2, 0, 3)  # (O, N, 2, G / 2): operand order
+    by_group = exponents.T.contiguous().view(torch.uint8)[:, : features // G]
+    weight = weight * torch.exp2(by_group.double() - 13)[:, :, None, None]
+    y = a.double() @ weight.reshape(len(packed), -1).T * a_scales.double()[:, None] * w_scales.double() * alpha
+    return y if bias is None else y + bias.double()
+
+
+def offline_cases() -> Iterator[Case]:
+    """Decode with 16 and with 64 tokens."""
+    types = {"a": "*fp8e5", "packed": "*u8", "exponents": "*i32", "out": "*bf16", "counters": "*i32"}
+    types |= dict.fromkeys(("a_scales", "w_scales", "partial"), "*fp32") | {"bias": "*bf16", "alpha": "fp32"}
+    types |= dict.fromkeys(("M", "O", "I", "row_bytes"), "i32")
+    expects = {90: (r"wgmma\.mma_async.*e5m2\.e5m2", "prmt.b32"), 100: ("prmt.b32",), 120: ("prmt.b32",)}
+    for tokens, output_tile, columns, warps, stages in ((16, 128, 256, 8, 3), (64, 64, 256, 4, 3)):
+        constants = {
+            "JOIN": tokens > 32, "SPLIT": True, "BLOCK_O": output_tile, "BLOCK_M": tokens, "BLOCK_I": columns,
+            "WHOLE": True, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False,
+        }  # fmt: skip
+        yield Case(f"{tokens} tokens", _kernel, types, constants, expects, warps, stages, odd=("M",))

@@ -1,0 +1,53 @@
+"""Products whose columns are split among programs: how many ways, and the end that adds the partial sums.
+
+Kernels hold sums transposed, `(BLOCK_O, BLOCK_M)`, since weights are their tall side; the result is `(M, O)`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int = 2) -> int:
+    """How many programs share the columns of a tile, so that `per_processor` programs run on each multiprocessor."""
+    if device.type != "cuda":
+        return min(2, steps)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(processors * per_processor // tiles, steps // 2, 32))
+
+
+@triton.jit
+def finish(
+    sums, a_scales, bias, out, partial, counters, o, m, M, O, alpha,
+    SPLIT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_A_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Store `alpha * a_scale * sums + bias`; with several splits the last program of a tile does, in a fixed order."""
+    if not SPLIT:
+        _store(sums, a_scales, bias, out, o, m, M, O, alpha, HAS_A_SCALES, HAS_BIAS)
+    else:
+        splits = tl.num_programs(2)
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        within = tl.arange(0, BLOCK_O)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        own = partial + tile.to(tl.int64) * (splits * (BLOCK_O * BLOCK_M)) + within
+        tl.store(own + tl.program_id(2) * (BLOCK_O * BLOCK_M), sums)
+        tl.debug_barrier()  # every warp's sums come before the ticket that announces them
+        if tl.atomic_add(counters + tile, 1) == splits - 1:
+            tl.store(counters + tile, 0)
+            total = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+            for split in range(splits):
+                total += tl.load(own + split * (BLOCK_O * BLOCK_M), cache_modifier=".cg")
+            _store(total, a_scales, bias, out, o, m, M, O, alpha, HAS_A_SCALES, HAS_BIAS)
+
+
+@triton.jit
+def _store(
+    sums, a_scales, bias, out, o, m, M, O, alpha, HAS_A_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    y = sums * alpha
+    if HAS_A_SCALES:
+        y = y * tl.load(a_scales + m, mask=m < M, other=0.0)[None, :]
+    if HAS_BIAS:
+        y = y + tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+    at = out + m.to(tl.int64)[None, :] * O + o[:, None]
+    tl.store(at, y.to(out.dtype.element_ty), mask=(o < O)[:, None] & (m < M)[None, :])

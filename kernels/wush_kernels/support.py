@@ -1,0 +1,63 @@
+"""Whether the kernels can run, and checks of the tensors they are given."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 9)  # the first with FP8 conversions
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device, in one phrase; None when they can."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if device.type == "cpu":
+        return None if INTERPRETED else "the tensors are on the CPU (TRITON_INTERPRET=1 runs kernels there, slowly)"
+    if device.type != "cuda":
+        return f"no kernels for {device.type} devices"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; 8.9 or newer is needed"
+    return None
+
+
+def require_support(x: Tensor, kernel: str) -> None:
+    """Raise `RuntimeError` with the reason and the remedy where Triton kernels cannot run."""
+    reason = why_not(x.device)
+    if reason:
+        raise RuntimeError(f"{kernel}: {reason}; use kernels=torch")
+
+
+def check_tensor(
+    tensor: Tensor,
+    what: str,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    contiguous: bool = True,
+) -> None:
+    """Raise `TypeError` or `ValueError` that says what is wrong with a kernel's argument and what to do.
+
+    `shape`: None matches any size. Without `contiguous` only the last dimension has to be.
+    """
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{what}: dtype {str(tensor.dtype).removeprefix('torch.')}, where {wanted} is needed")
+    if tensor.device != device:
+        raise ValueError(f"{what}: on {tensor.device}, the other operands on {device}; move it there")
+    expected = tuple("any" if size is None else size for size in shape)
+    if tensor.ndim != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        raise ValueError(f"{what}: shape {tuple(tensor.shape)}, where {expected} is needed")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{what}: not contiguous (strides {tensor.stride()}); call .contiguous() on it")
+    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{what}: its last dimension has stride {tensor.stride(-1)}; call .contiguous() on it")

@@ -1,0 +1,367 @@
+"""Which kernels a `QuantLinear` runs on: chosen by format, GPU and M, for the quantizing and for the matmul.
+
+`choose` is the whole policy, a pure function. What was chosen is logged once and kept with the weight (`chosen`).
+Shape legend: `O` output features, `I` input features, `M` tokens.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from wush.formats import INT4, MXFP4, MXFP8, NVFP4, Format, Int4, Mxfp4, Nvfp4
+from wush.operands import (
+    PRODUCTS,
+    Operands,
+    Weight,
+    bits_of,
+    operands_of,
+    require_no_capture,
+    scaled_fp4,
+    scaled_mm,
+    torch_product,
+)
+
+if TYPE_CHECKING:
+    from wush.linear import QuantLinear
+
+log = logging.getLogger(__name__)
+
+Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
+# Up to so many tokens packed weights are decoded in registers; beyond, copies of the weight win. From the recorded
+# benchmark of whole layers on an H100 (kernels/benchmarks/results).
+DECODE_ROWS = {"mxfp4": 64, "nvfp4": 64}
+TENSOR_CORES_BF16, TENSOR_CORES_FP4 = (8, 0), (10, 0)
+# The formats that kernels know; any other is computed by PyTorch.
+BUILT_IN: dict[tuple[str, str], Format] = {
+    (fmt.name, fmt.scale_rule): fmt
+    for fmt in (MXFP4, Mxfp4("ocp"), NVFP4, Nvfp4("calibrated"), INT4, Int4("absmax"), MXFP8)
+}
+_NOT_EXACT = {
+    "int4": "int4 values are not BF16 numbers",
+    "mxfp8": "no kernel decodes mxfp8 weights",
+    "nvfp4": "nvfp4 values are not FP8 numbers",
+}
+_told: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device offers: its compute capability, None without CUDA; and why it cannot do something, or None."""
+
+    capability: tuple[int, int] | None
+    no_triton: str | None = None
+    no_scaled_mm: str | None = None
+    no_scaled_fp4: str | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a layer matters; `misses`: its groups outside the windows of decoded weights and of an FP8 copy."""
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype = torch.bfloat16
+    misses: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the input is quantized (`torch`, `triton`) and the product computed (a name of `PRODUCTS`), and why so."""
+
+    quantize: str
+    matmul: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"quantize {self.quantize}, matmul {self.matmul} ({self.why})"
+
+
+def choose(fmt: Format, machine: Machine, rows: int, shape: Shape, requested: Kernels = "auto") -> Choice:
+    """The kernels for `rows` tokens: the first matmul that can be used, of those that suit the format, GPU and M."""
+    if requested == "torch":
+        return Choice("torch", "torch", "kernels=torch")
+    if not _known(fmt):
+        return Choice("torch", "torch", f"no kernel knows {fmt.name}")
+    if requested == "auto" and (machine.capability is None or shape.dtype == torch.float32):
+        return Choice("torch", "torch", "no CUDA GPU" if machine.capability is None else "a float32 model")
+    few = rows <= DECODE_ROWS.get(fmt.name, 0)
+    reasons = [f"kernels={requested}" if requested != "auto" else _band(fmt, rows)]
+    if machine.no_triton:
+        reasons.append(f"not triton: {machine.no_triton}")
+    for matmul in (*_candidates(fmt, machine, few, requested), "torch"):
+        obstacle = _obstacle(matmul, fmt, machine, shape)
+        if obstacle is None:
+            break
+        reasons.append(f"not {matmul}: {obstacle}")
+    return Choice("torch" if machine.no_triton else "triton", matmul, "; ".join(reasons))
+
+
+def _band(fmt: Format, rows: int) -> str:
+    limit = DECODE_ROWS.get(fmt.name)
+    return "any M" if limit is None else f"M <= {limit}" if rows <= limit else f"M > {limit}"
+
+
+def _candidates(fmt: Format, machine: Machine, few: bool, requested: Kernels) -> tuple[str, ...]:
+    """The matmuls that suit, best first."""
+    if machine.capability and machine.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
+        return ("dot_scaled", "half") if requested == "triton" else ("scaled_mm_fp4", "dot_scaled", "half")
+    packed = {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed")
+    if requested == "triton":
+        return packed, "half"
+    if requested == "scaled_mm":
+        return "scaled_mm", "half"
+    if few:
+        return (packed, "scaled_mm", "half") if fmt.name == "mxfp4" else (packed, "half")
+    return ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
+
+
+def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str | None:
+    """Why a matmul cannot be used, in one phrase; None when it can."""
+    o, i = shape.out_features, shape.in_features
+    if matmul == "torch":
+        return None
+    if matmul == "half":
+        if fmt.name == "int4":
+            return _NOT_EXACT["int4"]
+        old = machine.capability is not None and machine.capability < TENSOR_CORES_BF16
+        return "the GPU has no BF16 tensor cores" if old else None
+    if matmul == "packed" or (matmul == "scaled_mm" and fmt.name != "mxfp4"):
+        return _NOT_EXACT[fmt.name]
+    if machine.no_triton:
+        return "the input needs a kernel of Triton"
+    if matmul == "matmul_fp8" and shape.misses[0]:
+        return f"{shape.misses[0]} groups have exponents outside the window of their row"
+    if matmul == "scaled_mm" and shape.misses[1]:
+        return f"{shape.misses[1]} groups have exponents outside the FP8 window of their row"
+    if matmul in ("scaled_mm", "scaled_mm_fp4") and (o % 16 or i % 16):
+        return f"{o} x {i} are not multiples of 16"
+    if matmul == "matmul_half" and i % 32:
+        return f"in_features {i} is not a multiple of 32"
+    if matmul == "dot_scaled":
+        capable = machine.capability and machine.capability >= TENSOR_CORES_FP4
+        return None if capable else "the GPU has no FP4 tensor cores"
+    return {"scaled_mm": machine.no_scaled_mm, "scaled_mm_fp4": machine.no_scaled_fp4}.get(matmul)
+
+
+# The machine
+
+
+@cache
+def machine(device: torch.device, dtype: torch.dtype, fmt: Format) -> Machine:
+    """What a device offers for products of a format in a dtype; torch's scaled matmuls are tried on small operands."""
+    found = Machine(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, _no_triton(device))
+    if found.no_triton:
+        return found
+    if fmt.name == "mxfp4":
+        found = replace(found, no_scaled_mm=_trial(lambda: _try_scaled_mm(device, dtype)))
+    if found.capability and found.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
+        found = replace(found, no_scaled_fp4=_trial(lambda: _try_scaled_fp4(device, fmt)))
+    return found
+
+
+def _no_triton(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return "no kernels for AMD GPUs"
+    try:
+        from wush_kernels.support import why_not
+    except ImportError as error:
+        return f"{error.name or 'Triton'} is not installed"
+    return why_not(device)
+
+
+def _trial(attempt: Callable[[], object]) -> str | None:
+    try:
+        attempt()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        return f"torch says {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}"
+    return None
+
+
+def _try_scaled_mm(device: torch.device, dtype: torch.dtype) -> None:
+    a = torch.zeros(16, 32, device=device).to(torch.float8_e5m2)
+    weight = torch.zeros(16, 32, device=device).to(torch.float8_e4m3fn)
+    scales, bias = torch.ones(16, 1, device=device), torch.zeros(16, device=device, dtype=dtype)
+    scaled_mm(a, scales, weight, scales.view(1, 16), bias, dtype)
+
+
+def _try_scaled_fp4(device: torch.device, fmt: Format) -> None:
+    codes = torch.zeros(128, 64, device=device, dtype=torch.uint8)
+    scales = torch.ones(128 * 128 // fmt.group_size, device=device).to(fmt.scale_dtype)
+    scaled_fp4(codes, scales, codes, scales, fmt)
+
+
+# Running
+
+
+def linear(x: Tensor, weight: Weight, kernels: Kernels = "auto", keep: bool = True) -> Tensor:
+    """`Q(T x) W_q^T + bias`, `(..., O)` in x's dtype, for x `(..., I)`.
+
+    A row of x with NaN or infinity gives a row of NaN, and no error. `keep`: whether copies of the whole weight that a
+    matmul needs are kept. Under `torch.compile` it is one operator, or for a format of the user's own plain PyTorch.
+    """
+    fmt = weight.format
+    if not torch.compiler.is_compiling():
+        return _run(x, weight, kernels, keep)
+    if _known(fmt):
+        return torch.ops.wush.linear(
+            x, weight.packed, bits_of(weight.scales), weight.transform, weight.bias, fmt.name, fmt.scale_rule,
+            weight.global_scale, kernels, keep,
+        )  # fmt: skip
+    return torch_product(x, weight, Operands(), "torch", keep)
+
+
+def _known(fmt: Format) -> bool:
+    return BUILT_IN.get((fmt.name, fmt.scale_rule)) == fmt
+
+
+@torch.library.custom_op("wush::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    transform: Tensor | None,
+    bias: Tensor | None,
+    name: str,
+    scale_rule: str,
+    global_scale: float,
+    kernels: str,
+    keep: bool,
+) -> Tensor:
+    fmt = BUILT_IN[name, scale_rule]
+    weight = Weight(fmt, packed, scales.view(fmt.scale_dtype), global_scale, transform, bias)
+    return _run(x, weight, kernels, keep)  # type: ignore[arg-type]
+
+
+@_linear.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    transform: Tensor | None,
+    bias: Tensor | None,
+    name: str,
+    scale_rule: str,
+    global_scale: float,
+    kernels: str,
+    keep: bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+def _run(x: Tensor, weight: Weight, kernels: Kernels, keep: bool) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not len(rows):
+        return x.new_empty(*x.shape[:-1], len(weight.packed))
+    operands = operands_of(weight)
+    choice = _choice(weight, operands, len(rows), x.dtype, kernels)
+    product = PRODUCTS[choice.matmul](rows, weight, operands, choice.quantize, keep)
+    return product.view(*x.shape[:-1], product.shape[-1])
+
+
+def _choice(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, kernels: Kernels) -> Choice:
+    """`choose` for a weight, worked out once for each side of the threshold."""
+    choices, fmt = operands.choices, weight.format
+    key = (rows <= DECODE_ROWS.get(fmt.name, 0), dtype, kernels)
+    if key not in choices:
+        choices[key] = _chosen(weight, operands, rows, dtype, kernels)
+        message = f"{fmt.name} layers in {str(dtype).removeprefix('torch.')}: {choices[key]}"
+        if message not in _told:
+            _told.add(message)
+            log.info("%s", message)
+    return choices[key]
+
+
+def _chosen(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, kernels: Kernels) -> Choice:
+    fmt = weight.format
+    require_no_capture()
+    shape = Shape(len(weight.packed), weight.scales.shape[1] * fmt.group_size, dtype)
+    offered = machine(weight.packed.device, dtype, fmt) if _known(fmt) else Machine(None)
+    choice = choose(fmt, offered, rows, shape, kernels)
+    if choice.matmul in ("matmul_fp8", "scaled_mm"):
+        shape = replace(shape, misses=operands.misses(weight))
+        choice = choose(fmt, offered, rows, shape, kernels)
+    return choice
+
+
+# Settings and records
+
+
+def use_kernels(model: nn.Module, kernels: Kernels = "auto", keep_operands: bool = True) -> nn.Module:
+    """Set the kernels of every `QuantLinear` of a model; the same model.
+
+    `keep_operands`: whether copies of weights that products with many tokens need are kept (1 byte a weight for MXFP4,
+    2 for other formats); False makes them anew in every forward, in memory that all layers share.
+    """
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(get_args(Kernels))}")
+    for _, layer in _layers(model):
+        layer.kernels, layer.keep_operands = kernels, keep_operands
+    return model
+
+
+def planned(layer: "QuantLinear", rows: int, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """What a `QuantLinear` is run on for inputs of so many tokens in a dtype."""
+    weight = layer.operand_source
+    return _choice(weight, operands_of(weight), rows, dtype, layer.kernels)
+
+
+def chosen(model: nn.Module) -> dict[str, list[str]]:
+    """What the layers of a model were run on so far, why, and where not joined why; with the layers' names.
+
+    Names that differ only in a number are merged, such as `model.layers.0-29.mlp.up_proj`.
+    """
+    found: dict[str, list[str]] = {}
+    for name, layer in _layers(model):
+        texts = [f"{layer.format.name}: {choice}" for choice in operands_of(layer.operand_source).choices.values()]
+        for text in texts + [f"not joined: {layer.not_joined}"] * bool(layer.not_joined):
+            found.setdefault(text, []).append(name)
+    return {text: _merged(names) for text, names in found.items()}
+
+
+def flushed_groups(device: torch.device | str) -> int:
+    """How many groups of activations on a device were under their row's FP8 window, and lost bits; waits for it."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if _no_triton(device):
+        return 0
+    from wush_kernels.workspace import flushed_groups
+
+    return int(flushed_groups(device).item())
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, "QuantLinear"]]:
+    from wush.linear import QuantLinear
+
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+
+
+def _merged(names: Iterable[str]) -> list[str]:
+    """Names whose first number runs over a range become one."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    plain = []
+    for name in names:
+        match = re.match(r"(.*?)\b(\d+)\b(.*)", name)
+        if match:
+            numbers.setdefault((match[1], match[3]), []).append(int(match[2]))
+        else:
+            plain.append(name)
+    for (before, after), own in numbers.items():
+        plain += [f"{before}{first}{f'-{last}' * (last > first)}{after}" for first, last in _ranges(sorted(own))]
+    return plain
+
+
+def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    first = last = numbers[0]
+    for number in numbers[1:]:
+        if number != last + 1:
+            yield first, last
+            first = number
+        last = number
+    yield first, last

@@ -1,0 +1,55 @@
+"""Working on a GPU without waiting for it: whether kernels run there, and checks that are looked at afterwards.
+
+A check of numbers on a GPU (is anything NaN, did a factorization fail) makes the host wait for the device. Code that
+is run by `without_waiting` has its checks collected instead, and read once at the end.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+_collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the quantizer's Triton kernels are used on a device: on a GPU that runs them."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from wush_kernels.support import why_not
+
+    return why_not(device) is None
+
+
+def found(flags: Tensor) -> bool:
+    """Whether any of some boolean flags is set; inside `without_waiting` False, and looked at when its work is done."""
+    collected = _collected.get()
+    if collected is None:
+        return bool(flags.any())
+    collected.append(flags.any())
+    return False
+
+
+def without_waiting(work: Callable[[], Result], device: torch.device) -> Result:
+    """What `work`, which changes nothing outside itself, returns, with one wait for a GPU instead of one a check.
+
+    If a check found something, `work` is run again with every check in its place: its warnings and errors come as
+    they do on a CPU.
+    """
+    if device.type == "cpu":
+        return work()
+    collected: list[Tensor] = []
+    token = _collected.set(collected)
+    try:
+        result = work()
+        clean = not collected or not bool(torch.stack(collected).any())
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a library call met what a check let pass
+        clean = False
+    finally:
+        _collected.reset(token)
+    return result if clean else work()
