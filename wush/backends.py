@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
 # Up to so many tokens packed weights are decoded in registers; beyond, copies of the weight win. From the recorded
 # benchmark of whole layers on an H100 (kernels/benchmarks/results).
-DECODE_ROWS = {"mxfp4": 64, "nvfp4": 64}
+DECODE_ROWS = {"mxfp4": 64, "nvfp4": 32}
 TENSOR_CORES_BF16, TENSOR_CORES_FP4 = (8, 0), (10, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {

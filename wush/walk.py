@@ -115,10 +115,10 @@ def quantize(
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `kernels`: what the quantized layers run on (`wush.use_kernels`). `report` is filled in with each block as it is done, and `on_block` called. Blocks that `saved`
-    has are restored, and each new one is given to it: the result is the same, bit for bit. Raises `ValueError` for a
-    layer that does not fit the format or a pattern that excludes nothing, before any work; `UnsupportedModelError`;
-    `NumericError` that names the layer.
+    as `*.down_proj`. `report` is filled in with each block as it is done, and `on_block` called. Blocks that `saved`
+    has are restored, and each new one is given to it: the result is the same, bit for bit. `kernels`: what quantized
+    layers run on (`wush.use_kernels`). Raises `ValueError` for a layer that does not fit the format or a pattern that
+    excludes nothing, before any work; `UnsupportedModelError`; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):

@@ -23,6 +23,7 @@ from wush_kernels.groups import load_transformed, magnitudes, mxfp4_exponent, mx
 from wush_kernels.offline import Case
 from wush_kernels.quantize import reference_quantize
 from wush_kernels.spec import FormatSpec
+from wush_kernels.support import operator
 from wush_kernels.workspace import flushed_groups, workspace
 
 WINDOW = (-15, 13)  # group exponents of which every value is an E5M2 number
@@ -119,10 +120,10 @@ def fp8_operand(x: Tensor, fmt: FormatSpec, transform: Tensor | None = None) -> 
     launch.check_input(x, fmt, transform, "fp8_operand")
     if fmt.name != "mxfp4":
         raise ValueError(f"fp8_operand: {fmt.name} values are no FP8 numbers; use half_operand")
-    return torch.ops.wush.fp8_operand(launch.as_rows(x), transform, fmt.scale_rule, fmt.group_size, fmt.global_scale)
+    return _fp8_operand(launch.as_rows(x), transform, fmt.scale_rule, fmt.group_size, fmt.global_scale)
 
 
-@torch.library.custom_op("wush::fp8_operand", mutates_args=())
+@operator("wush::fp8_operand")
 def _fp8_operand(
     x: Tensor, transform: Tensor | None, rule: str, group_size: int, global_scale: float
 ) -> tuple[Tensor, Tensor]:

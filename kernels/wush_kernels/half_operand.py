@@ -19,6 +19,7 @@ from wush_kernels.groups import group_values, load_transformed, store_operand
 from wush_kernels.offline import Case
 from wush_kernels.quantize import reference_quantize
 from wush_kernels.spec import FormatSpec
+from wush_kernels.support import operator
 
 _SHIFTS = {
     ("mxfp4", torch.bfloat16): 1.0,
@@ -51,12 +52,10 @@ def half_operand(
     if (fmt.name, dtype) not in _SHIFTS:
         raise ValueError(f"half_operand: {fmt.name} values are not exact in {str(dtype).removeprefix('torch.')}")
     rows = launch.as_rows(x)
-    return torch.ops.wush.half_operand(
-        rows, transform, fmt.name, fmt.scale_rule, fmt.group_size, fmt.global_scale, dtype
-    )
+    return _half_operand(rows, transform, fmt.name, fmt.scale_rule, fmt.group_size, fmt.global_scale, dtype)
 
 
-@torch.library.custom_op("wush::half_operand", mutates_args=())
+@operator("wush::half_operand")
 def _half_operand(
     x: Tensor,
     transform: Tensor | None,

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
-from wush_kernels.split import finish, plan_splits
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.split import finish, plan_splits, share_of_waves
+from wush_kernels.support import INTERPRETED, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
 
 G = 32
@@ -68,7 +68,7 @@ def _product(weight, a_tile, EMULATE: tl.constexpr):
     return tl.dot(weight, tl.trans(a_tile))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # as a constant, M = 1 would change how inputs are read
 def _kernel(
     a, a_scales, packed, exponents, w_scales, bias, out, partial, counters, M, O, I, row_bytes, alpha,
     JOIN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -143,10 +143,10 @@ def matmul_fp8(
     check_tensor(w_scales, "matmul_fp8: w_scales", (torch.float32,), (outputs,), a.device)
     if bias is not None:
         check_tensor(bias, "matmul_fp8: bias", OUTPUTS, (outputs,), a.device)
-    return torch.ops.wush.matmul_fp8(a, a_scales, packed, exponents, w_scales, alpha, bias, dtype)
+    return _matmul_fp8(a, a_scales, packed, exponents, w_scales, alpha, bias, dtype)
 
 
-@torch.library.custom_op("wush::matmul_fp8", mutates_args=())
+@operator("wush::matmul_fp8")
 def _matmul_fp8(
     a: Tensor,
     a_scales: Tensor,
@@ -183,16 +183,16 @@ def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[s
     """The tile sizes, splits, warps and pipeline stages of a product: the fastest of those tried on an H100."""
     block_m = max(16, min(128, triton.next_power_of_2(rows)))
     if block_m <= 32:
-        small = outputs * features < 1 << 25
-        sizes = (64, 128, 4, 4) if small else (128, 256, 8, 3)
-    elif block_m == 64:
-        sizes = (64, 256, 4, 3) if outputs < 1 << 14 else (128, 128, 4, 4)
+        tiles = [(64, 128, 4, 4)] if outputs * features < 1 << 25 else [(128, 256, 8, 3)]
     else:
-        sizes = (128, 128, 8, 3)
-    tile = dict(zip(("BLOCK_O", "BLOCK_I", "num_warps", "num_stages"), sizes, strict=True))
-    tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, block_m)
-    splits = plan_splits(tiles, triton.cdiv(features, tile["BLOCK_I"]), device)
-    return tile | {"BLOCK_M": block_m, "SPLITS": splits, "JOIN": int(block_m > 32)}
+        tiles = [(128, 128, 4, 4), (64, 256, 4, 3)] if block_m == 64 else [(128, 128, 8, 3)]
+    plans = []
+    for block_o, block_i, warps, stages in tiles:
+        grid = triton.cdiv(outputs, block_o) * triton.cdiv(rows, block_m)
+        splits = plan_splits(grid, triton.cdiv(features, block_i), device)
+        tile = {"BLOCK_O": block_o, "BLOCK_I": block_i, "num_warps": warps, "num_stages": stages}
+        plans.append((grid * splits, tile | {"BLOCK_M": block_m, "SPLITS": splits, "JOIN": int(block_m > 32)}))
+    return max(plans, key=lambda plan: share_of_waves(plan[0], device))[1]
 
 
 def launch(

@@ -20,7 +20,7 @@ from torch import Tensor
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
 from wush_kernels.split import finish, plan_splits
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
 
 G = 16
@@ -69,7 +69,7 @@ def _decode(packed, factor, DECODE: tl.constexpr, EMULATE: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # as a constant, M = 1 would change how inputs are read
 def _kernel(
     a, packed, scales, bias, out, partial, counters, M, O, I, row_bytes, alpha,
     SPLIT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -134,10 +134,10 @@ def matmul_half(
     check_tensor(scales, "matmul_half: scales", (torch.int32,), (triton.cdiv(features, 64), outputs), a.device)
     if bias is not None:
         check_tensor(bias, "matmul_half: bias", OUTPUTS, (outputs,), a.device)
-    return torch.ops.wush.matmul_half(a, packed, scales, alpha, bias, dtype)
+    return _matmul_half(a, packed, scales, alpha, bias, dtype)
 
 
-@torch.library.custom_op("wush::matmul_half", mutates_args=())
+@operator("wush::matmul_half")
 def _matmul_half(
     a: Tensor, packed: Tensor, scales: Tensor, alpha: float, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

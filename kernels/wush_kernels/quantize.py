@@ -20,6 +20,7 @@ from wush_kernels import launch
 from wush_kernels.groups import group_codes, load_transformed, store_group_scales
 from wush_kernels.offline import Case
 from wush_kernels.spec import ELEMENTS, FormatSpec
+from wush_kernels.support import operator
 
 
 @triton.jit
@@ -57,12 +58,12 @@ def quantize(
     launch.check_input(x, fmt, transform, "quantize")
     g = fmt.global_scale if global_scale is None else global_scale
     rows = launch.as_rows(x)
-    packed, scales = torch.ops.wush.quantize(rows, transform, fmt.name, fmt.scale_rule, fmt.group_size, g)
+    packed, scales = _quantize(rows, transform, fmt.name, fmt.scale_rule, fmt.group_size, g)
     leading = x.shape[:-1]
     return packed.reshape(*leading, packed.shape[-1]), scales.view(fmt.scale_dtype).reshape(*leading, scales.shape[-1])
 
 
-@torch.library.custom_op("wush::quantize", mutates_args=())
+@operator("wush::quantize")
 def _quantize(
     x: Tensor, transform: Tensor | None, name: str, rule: str, group_size: int, global_scale: float
 ) -> tuple[Tensor, Tensor]:

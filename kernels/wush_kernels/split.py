@@ -3,6 +3,8 @@
 Kernels hold sums transposed, `(BLOCK_O, BLOCK_M)`, since weights are their tall side; the result is `(M, O)`.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,8 +14,19 @@ def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int
     """How many programs share the columns of a tile, so that `per_processor` programs run on each multiprocessor."""
     if device.type != "cuda":
         return min(2, steps)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(processors * per_processor // tiles, steps // 2, 32))
+    return max(1, min(processors(device) * per_processor // tiles, steps // 2, 32))
+
+
+def share_of_waves(programs: int, device: torch.device, per_processor: int = 2) -> float:
+    """How full the GPU is on average, with `per_processor` programs at a time on each multiprocessor."""
+    slots = processors(device) * per_processor
+    return programs / (triton.cdiv(programs, slots) * slots)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """The GPU's multiprocessors."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 16
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 """Whether the kernels can run, and checks of the tensors they are given."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -26,6 +28,25 @@ def why_not(device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}; 8.9 or newer is needed"
     return None
+
+
+class Operator:
+    """A custom operator of torch with a fake kernel: traced as such by `torch.compile`, and otherwise called directly,
+    since torch's dispatch costs the host several times what launching a kernel does.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._op = torch.library.custom_op(name, function, mutates_args=())
+        self.register_fake = self._op.register_fake
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._op(*arguments) if torch.compiler.is_compiling() else self._function(*arguments)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the operator `name`, such as `wush::quantize`."""
+    return lambda function: Operator(name, function)
 
 
 def require_support(x: Tensor, kernel: str) -> None:

@@ -1,23 +1,35 @@
-"""Scratch that kernels share on a device: counters that every kernel leaves at zero, and a tally of flushed groups."""
+"""Scratch that kernels share on a device: counters that every kernel leaves at zero, and a tally of flushed groups.
+
+All of it is allocated at the first use on a device. Run a layer once before its CUDA graphs are captured or
+`torch.compile(mode="reduce-overhead")` warms up, or this memory would be the graph's own.
+"""
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-_COUNTERS = 1 << 16
-_kept: dict[tuple[torch.device, int], Tensor] = {}
-_flushed: dict[torch.device, Tensor] = {}
+_STREAMS, _COUNTERS = 16, 1 << 16
+
+
+@dataclass
+class _Scratch:
+    counters: Tensor
+    flushed: Tensor
+    streams: dict[int, int] = field(default_factory=dict)  # each stream's row of the counters
+
+
+_kept: dict[torch.device, _Scratch] = {}
 
 
 def workspace(device: torch.device, counters: int) -> Tensor:
     """At least `counters` int32 zeros, for kernels of the current stream that set them back to zero."""
+    scratch = _scratch(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    kept = _kept.get((device, stream))
-    if kept is not None and counters <= len(kept):
-        return kept
-    fresh = torch.zeros(max(counters, _COUNTERS), dtype=torch.int32, device=device)
-    if not _capturing(device):  # memory of a graph's own pool is not for others
-        _kept[device, stream] = fresh
-    return fresh
+    row = scratch.streams.setdefault(stream, len(scratch.streams))
+    if row < _STREAMS and counters <= _COUNTERS:
+        return scratch.counters[row]
+    return torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 def flushed_groups(device: torch.device) -> Tensor:
@@ -25,13 +37,14 @@ def flushed_groups(device: torch.device) -> Tensor:
 
     Such a group is under `2^-28` of its row's largest one; its elements lose bits, down to zero.
     """
-    if device not in _flushed:
-        fresh = torch.zeros(1, dtype=torch.int32, device=device)
-        if _capturing(device):
-            return fresh
-        _flushed[device] = fresh
-    return _flushed[device]
+    return _scratch(device).flushed
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _scratch(device: torch.device) -> _Scratch:
+    kept = _kept.get(device)
+    if kept is None:
+        zeros = torch.zeros(_STREAMS * _COUNTERS + 1, dtype=torch.int32, device=device)
+        kept = _Scratch(zeros[:-1].view(_STREAMS, _COUNTERS), zeros[-1:])
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _kept[device] = kept  # what a capture allocates belongs to its graph
+    return kept

@@ -18,7 +18,7 @@ from wush_kernels.bench.shapes import DECODE_TOKENS
 from wush_kernels.bench.timing import Effort
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192), (8192, 28672))
-PREFILL_TOKENS = (256, 1024, 4096)
+PREFILL_TOKENS = (64, 128, 256, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def cases(effort: Effort, quick: bool) -> Iterator[Case]:
             for tokens in DECODE_TOKENS[::2] if quick else DECODE_TOKENS:
                 yield _case(matmul, tokens, shape, baselines, effort)
         for matmul in PREFILL:
-            for tokens in PREFILL_TOKENS[1:2] if quick else PREFILL_TOKENS:
+            for tokens in PREFILL_TOKENS[3:4] if quick else PREFILL_TOKENS:
                 yield _case(matmul, tokens, shape, baselines, effort)
 
 

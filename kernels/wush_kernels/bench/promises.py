@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from wush.backends import DECODE_ROWS
 from wush_kernels.bench.measurement import ADDMM, BF16, Ceilings, Measurement
 from wush_kernels.bench.record import Record
 
@@ -130,9 +131,11 @@ def _product(
     section: str, variant: str, shapes: tuple[tuple[int, int], ...], fewest: int, most: int
 ) -> Callable[[Measurement], bool]:
     def about(one: Measurement) -> bool:
-        decode = one.name in ("matmul_fp8", "matmul_half", "layer")
         sizes = (one.out_features, one.in_features) in shapes and fewest <= one.tokens <= most
-        return one.section == section and decode and one.variant == variant and sizes
+        names = [(name, variant) for name in ("matmul_fp8", "matmul_half", "layer")]
+        if fewest > DECODE_ROWS["mxfp4"]:  # the matmul that layers run there
+            names = [("scaled_mm", f"{variant} accurate"), ("layer", variant)]
+        return one.section == section and (one.name, one.variant) in names and sizes
 
     return about
 
