@@ -82,25 +82,24 @@ def _kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     half, word = tl.arange(0, HALF), tl.arange(0, WORDS)
     o_in = tl.minimum(o, O - 1)  # rows past the end are read again and never stored
-    m_in = tl.minimum(m, M - 1)
+    given = (m < M)[:, None]  # rows past the end are not read: many programs reading one row again would queue for it
     packed_at = packed + o_in.to(tl.int64)[:, None] * row_bytes + half[None, :]
     scales_at = scales + word[:, None] * O + o_in[None, :]
-    a_at = a + m_in.to(tl.int64)[:, None] * I + ((half // 8) * 16 + half % 8)[None, :]
+    a_at = a + m.to(tl.int64)[:, None] * I + ((half // 8) * 16 + half % 8)[None, :]
     steps = tl.cdiv(I, BLOCK_I)
     first = steps * tl.program_id(2) // tl.num_programs(2)
     last = steps * (tl.program_id(2) + 1) // tl.num_programs(2)
     sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     for step in range(first, last):
         i = step * BLOCK_I
+        column = i + (half // 8) * 16
         if WHOLE:
             codes, scale = tl.load(packed_at + i // 2), tl.load(scales_at + (i // 64) * O)
-            a_even, a_odd = tl.load(a_at + i), tl.load(a_at + i + 8)
         else:
-            column = i + (half // 8) * 16
             codes = tl.load(packed_at + i // 2, mask=(column < I)[None, :], other=0)
             scale = tl.load(scales_at + (i // 64) * O, mask=(i + word * 64 < I)[:, None], other=0)
-            a_even = tl.load(a_at + i, mask=(column < I)[None, :], other=0.0)
-            a_odd = tl.load(a_at + i + 8, mask=(column < I)[None, :], other=0.0)
+        inside = given & ((column < I)[None, :] | WHOLE)
+        a_even, a_odd = tl.load(a_at + i, mask=inside, other=0.0), tl.load(a_at + i + 8, mask=inside, other=0.0)
         shifted = tl.trans(scale)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
         by_group = tl.reshape((shifted & 0xFF).to(tl.uint8), (BLOCK_O, GROUPS)).to(tl.float8e4nv, bitcast=True)
         factor = (by_group.to(tl.float32) * 128.0).to(tl.float16)

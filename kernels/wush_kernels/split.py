@@ -9,12 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+MOST_SPLITS = 16  # of a tile, whose sums one program adds
+
 
 def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int = 2) -> int:
     """How many programs share the columns of a tile, so that `per_processor` programs run on each multiprocessor."""
     if device.type != "cuda":
         return min(2, steps)
-    return max(1, min(processors(device) * per_processor // tiles, steps // 2, 32))
+    return max(1, min(processors(device) * per_processor // tiles, steps // 2, MOST_SPLITS))
 
 
 def share_of_waves(programs: int, device: torch.device, per_processor: int = 2) -> float:

@@ -44,7 +44,7 @@ SHARED_INPUTS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-LIMIT = 0.5  # relative error of logits: codes that a tie decides otherwise are passed on through every block
+LIMIT = 0.2  # relative error after one block: a product's last bit decides codes of the next, and these many more
 
 BlockForward = Callable[..., Tensor]
 
@@ -126,15 +126,18 @@ class Models:
         return Prepared(contenders, self.errors)
 
     def errors(self) -> Errors:
-        """Logits of the MXFP4 model against those of the reference backend, two windows of 64 tokens."""
+        """The MXFP4 model's first decoder block against the reference backend, two windows of 64 tokens."""
         ids = torch.randint(0, self.sizes["vocab_size"], (2, 64), device=self.device)
-        found = self.mxfp4(input_ids=ids, use_cache=False).logits
+        found = self._after_first_block(ids)
         use_kernels(self.mxfp4, "torch")
         try:
-            reference = self.mxfp4(input_ids=ids, use_cache=False).logits
+            reference = self._after_first_block(ids)
         finally:
             use_kernels(self.mxfp4, "auto")
         return operands.compare(found, reference, LIMIT)
+
+    def _after_first_block(self, ids: Tensor) -> Tensor:
+        return self.mxfp4(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1]
 
 
 def run_decoder_block(
