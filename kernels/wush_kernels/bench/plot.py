@@ -36,6 +36,7 @@ def plot(record: Record, path: Path) -> None:
         axis.set_visible(False)
     for axis, model in zip(axes.flat, shown, strict=False):
         _panel(axis, record, model)
+    axes[0, 0].set_ylim(bottom=0)  # of all, since they share it, and after all are drawn
     for axis in axes[-1]:
         axis.set_xlabel("tokens (M)")
     for axis in axes[:, 0]:
@@ -63,7 +64,6 @@ def _panel(axis: Any, record: Record, model: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(tokens), [str(x) for x in sorted(tokens)], fontsize=8)
     axis.set_xticks([], minor=True)
-    axis.set_ylim(bottom=0)
     axis.set_title(model, fontsize=10)
     axis.grid(axis="y", color="#ddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
