@@ -176,7 +176,7 @@ def _sweep_name(value: str | None) -> str | None:
 
 
 class TrialConfig(_Strict):
-    """One trial. The keys from `tracking` on say how and where it runs, and cannot change its result.
+    """One trial. The keys from `tracking` on say how and where it runs, and are no part of its identity.
 
     No validator may compare two keys: a sweep's configs share parts, and each is validated once (`sweep.plan`).
     """

@@ -318,7 +318,9 @@ def chosen(model: nn.Module) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {}
     for name, layer in _layers(model):
-        texts = [f"{layer.format.name}: {choice}" for choice in operands_of(layer.operand_source).choices.values()]
+        sources = {id(weight.packed): weight for weight in (layer.operand_source, layer.own)}.values()
+        choices = [choice for weight in sources for choice in operands_of(weight).choices.values()]
+        texts = list(dict.fromkeys(f"{layer.format.name}: {choice}" for choice in choices))
         for text in texts + [f"not joined: {layer.not_joined}"] * bool(layer.not_joined):
             found.setdefault(text, []).append(name)
     return {text: _merged(names) for text, names in found.items()}

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from wush.errors import NumericError
+
 Result = TypeVar("Result")
 
 _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
@@ -19,7 +21,7 @@ _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=N
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the quantizer's Triton kernels are used on a device: on a GPU that runs them."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
         return False
     from wush_kernels.support import why_not
 
@@ -35,11 +37,11 @@ def found(flags: Tensor) -> bool:
     return False
 
 
-def without_waiting(work: Callable[[], Result], device: torch.device) -> Result:
-    """What `work`, which changes nothing outside itself, returns, with one wait for a GPU instead of one a check.
+def without_waiting(work: Callable[[], Result], device: torch.device, undo: Callable[[], None]) -> Result:
+    """What `work` returns, with one wait for a GPU instead of one a check.
 
-    If a check found something, `work` is run again with every check in its place: its warnings and errors come as
-    they do on a CPU.
+    If a check found something, what `work` kept outside itself is undone, and it is run again with every check in
+    its place: its warnings and errors come as they do on a CPU.
     """
     if device.type == "cpu":
         return work()
@@ -48,8 +50,11 @@ def without_waiting(work: Callable[[], Result], device: torch.device) -> Result:
     try:
         result = work()
         clean = not collected or not bool(torch.stack(collected).any())
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a library call met what a check let pass
+    except (torch.linalg.LinAlgError, NumericError):  # type: ignore[attr-defined]  # it met what a check let pass
         clean = False
     finally:
         _collected.reset(token)
-    return result if clean else work()
+    if clean:
+        return result
+    undo()
+    return work()

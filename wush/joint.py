@@ -213,7 +213,10 @@ def _joint_bias(layers: Sequence[QuantLinear]) -> Tensor | None:
 
 @torch.library.custom_op("wush::version", mutates_args=())
 def _version(x: Tensor) -> Tensor:
-    """A tensor with as many elements as x has been changed in place, a number that `torch.compile` can branch on."""
+    """Traced, a tensor with as many elements as x has been changed in place: what `torch.compile` can branch on.
+
+    Only its shape while tracing means something; run, it is empty.
+    """
     return x.new_empty(0)
 
 

@@ -57,6 +57,10 @@ class SecondMoment:
                 x_ngm = x_mi.unflatten(1, (-1, self._block_size)).permute(1, 2, 0)
                 self._sums_ngg += x_ngm @ x_ngm.mT
         self.tokens += x_bmi.shape[0] * x_bmi.shape[1]
+        self.forget()
+
+    def forget(self) -> None:
+        """Make what is derived from the sums, and checked, anew when it is next asked for."""
         for derived in ("_means_ngg", "inverse_factor"):
             self.__dict__.pop(derived, None)
 

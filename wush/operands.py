@@ -54,24 +54,21 @@ def _kept_byte_values(fmt: Format, device: torch.device) -> Tensor:
 
 
 class Operands:
-    """What fast matmuls need of a weight beside its codes, each made when it is first needed.
-
-    `keep`: whether copies of the whole weight are kept; without, they are made for each product anew.
-    """
+    """What fast matmuls need of a weight beside its codes, each made when it is first needed."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Any] = {}
         self.choices: dict[Any, Any] = {}  # what `wush.backends` chose for this weight
 
     def get(self, name: str, make: Callable[[], Any], keep: bool = True) -> Any:
-        """The operand of this name, made by `make` unless it was kept."""
-        if name in self._kept:
-            return self._kept[name]
-        if keep:
+        """The operand of this name, made by `make` unless it was kept; without `keep` made anew, and forgotten."""
+        if not keep:
+            self._kept.pop(name, None)
+            return make()
+        if name not in self._kept:
             require_no_capture()
             self._kept[name] = make()
-            return self._kept[name]
-        return make()
+        return self._kept[name]
 
     def exponents(self, weight: Weight) -> "RowExponents":
         """Exponents within the decode kernel's window of each row."""

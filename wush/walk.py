@@ -318,7 +318,11 @@ def _quantize_layers(
         weights = [originals[linear].weight for linear in group.names]
         return work.algorithm.quantize_group(weights, group.moment, work.transform, work.format, names)
 
-    results = without_waiting(lambda: [quantized(group) for group in groups], device)
+    def forget() -> None:
+        for group in groups:
+            group.moment.forget()
+
+    results = without_waiting(lambda: [quantized(group) for group in groups], device, forget)
     layers = []
     for group, weights in zip(groups, results, strict=True):
         together = sum(originals[linear].weight.numel() for linear in group.names)

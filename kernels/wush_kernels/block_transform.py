@@ -1,5 +1,7 @@
 """The block transform alone: `x_b -> T_b x_b` on each block of G columns, where nothing is quantized after it.
 
+No layer runs it: they transform and quantize in one kernel. It is for what is done with transformed values themselves.
+
 x `(..., I)`; the transform `(N, G, G)`, one a block, or `(G, G)`, shared by all. Sums are float32 sums of exact
 products, rounded once to x's dtype: in other words than PyTorch's by at most the rounding of G additions. Operands of
 the same 16-bit dtype go to the tensor cores as they are; otherwise both are widened to float32.

@@ -246,7 +246,11 @@ def offline_cases() -> Iterator[Case]:
     types = {"a": "*fp8e5", "packed": "*u8", "exponents": "*i32", "out": "*bf16", "counters": "*i32"}
     types |= dict.fromkeys(("a_scales", "w_scales", "partial"), "*fp32") | {"bias": "*bf16", "alpha": "fp32"}
     types |= dict.fromkeys(("M", "O", "I", "row_bytes"), "i32")
-    expects = {90: (r"wgmma\.mma_async.*e5m2\.e5m2", "prmt.b32"), 100: ("prmt.b32",), 120: ("prmt.b32",)}
+    expects = {
+        90: (r"wgmma\.mma_async.*e5m2\.e5m2", "prmt.b32"),
+        100: (r"tcgen05\.mma\S*kind::f8f6f4", "prmt.b32"),
+        120: (r"mma\.sync\S*e5m2\.e5m2", "prmt.b32"),
+    }
     for tokens, output_tile, columns, warps, stages in ((16, 128, 256, 8, 3), (64, 64, 256, 4, 3)):
         constants = {
             "JOIN": tokens > 32, "SPLIT": True, "BLOCK_O": output_tile, "BLOCK_M": tokens, "BLOCK_I": columns,

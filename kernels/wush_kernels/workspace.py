@@ -1,7 +1,8 @@
 """Scratch that kernels share on a device: counters that every kernel leaves at zero, and a tally of flushed groups.
 
 All of it is allocated at the first use on a device. Run a layer once before its CUDA graphs are captured or
-`torch.compile(mode="reduce-overhead")` warms up, or this memory would be the graph's own.
+`torch.compile(mode="reduce-overhead")` warms up, or this memory would be the graph's own. Counters belong to the
+stream that kernels are launched or captured on: graphs captured on one stream must not be replayed at the same time.
 """
 
 from dataclasses import dataclass, field

@@ -66,7 +66,9 @@ def full_record() -> record.Record:
         timings={"ours": timing(2500.0), "bf16": timing(6000.0)},
         details={"decoder_blocks": 32},
     )
-    return made_record(quantize, *found, decode)
+    whole = made_record(quantize, *found, decode)
+    whole.settle()
+    return whole
 
 
 def outcome(found: record.Record, name: str) -> promises.Outcome:
@@ -166,7 +168,7 @@ def test_a_time_is_to_be_at_most_its_bound() -> None:
     block = Measurement(
         *("quantizer", "decoder block", promises.GPTQ_WUSH, 0, 0, 0, Work(0)), timings={"ours": timing(0.7e6)}
     )
-    name = "GPTQ + WUSH of one Llama-3.1-8B decoder block"
+    name = "GPTQ + WUSH of one Llama-3.1-8B decoder block, fitted once"
     assert outcome(made_record(block), name).verdict == "met"
     slow = dataclasses.replace(block, timings={"ours": timing(1.3e6)})
     assert (outcome(made_record(slow), name).verdict, outcome(made_record(slow), name).said) == ("MISSED", "1.3 s")

@@ -1,5 +1,7 @@
 """RTN and GPTQ against their definitions."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -323,10 +325,9 @@ def test_nothing_waits_for_the_gpu(algorithm: wush.Gptq, transform: Transform, g
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    expected = without_waiting(work, torch.device("cuda"))
-    moment.__dict__.pop("_means_ngg", None)
-    moment.__dict__.pop("inverse_factor", None)
-    for found, own in zip(without_waiting(watched, torch.device("cuda")), expected, strict=True):
+    expected = without_waiting(work, torch.device("cuda"), moment.forget)
+    moment.forget()
+    for found, own in zip(without_waiting(watched, torch.device("cuda"), moment.forget), expected, strict=True):
         assert_same(found, own)
 
 
@@ -344,4 +345,43 @@ def test_errors_on_a_gpu_are_those_of_a_cpu(algorithm: wush.Gptq, generator: tor
         return algorithm.quantize_group(on_device, on_gpu, wush.Wush(), wush.MXFP4, NAMES)
 
     with pytest.raises(wush.NumericError, match=r"^k_proj weight: second moment is not positive definite"):
-        without_waiting(work, torch.device("cuda"))
+        without_waiting(work, torch.device("cuda"), on_gpu.forget)
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("flaw", ["indefinite", "zero", "nan"])
+def test_what_was_derived_unchecked_is_not_used_again(
+    algorithm: wush.Gptq, flaw: str, generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without waiting, a flawed moment gives the same codes with the same warnings, or the same error."""
+    weights, moment = group(generator)
+    if flaw == "indefinite":
+        moment._sums_ngg -= 0.04 * moment.tokens * moment.matrix.diagonal().mean() * torch.eye(96)
+    elif flaw == "zero":
+        moment._sums_ngg[:, :32] = moment._sums_ngg[:, :, :32] = 0
+    else:
+        moment._sums_ngg[0, 3, 5] = torch.nan
+    moment.forget()
+
+    def told(run: Callable[[], list[QuantizedWeight]]) -> tuple[list[str], list[QuantizedWeight] | str]:
+        caplog.clear()
+        moment.forget()
+        try:
+            result: list[QuantizedWeight] | str = run()
+        except wush.NumericError as error:
+            result = str(error)
+        return [record.getMessage() for record in caplog.records], result
+
+    def work() -> list[QuantizedWeight]:
+        return algorithm.quantize_group(weights, moment, wush.Wush(refit=False), wush.MXFP4, NAMES)
+
+    warnings, expected = told(work)
+    again, found = told(lambda: without_waiting(work, torch.device("cuda"), moment.forget))
+    assert set(again) == set(warnings)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert warnings
+        for one, own in zip(found, expected, strict=True):
+            assert isinstance(one, QuantizedWeight)
+            assert_same(one, own)

@@ -10,6 +10,10 @@ GPU = torch.device("cuda")
 YES, NO = torch.tensor([False, True]), torch.tensor([False, False])
 
 
+def nothing() -> None:
+    """Nothing was kept."""
+
+
 def test_a_check_is_made_at_once_outside() -> None:
     assert found(YES)
     assert not found(NO)
@@ -22,7 +26,7 @@ def test_work_whose_checks_find_nothing_runs_once() -> None:
         runs.append(found(NO))
         return len(runs)
 
-    assert without_waiting(work, GPU) == 1
+    assert without_waiting(work, GPU, nothing) == 1
     assert runs == [False]
 
 
@@ -36,7 +40,7 @@ def test_work_whose_check_finds_something_runs_again_with_the_check_in_its_place
         return "garbage"
 
     with pytest.raises(wush.NumericError, match="q_proj: found"):
-        without_waiting(work, GPU)
+        without_waiting(work, GPU, nothing)
     assert seen == [False, True]
 
 
@@ -47,15 +51,15 @@ def test_an_error_of_the_library_after_a_check_let_something_pass_is_not_what_is
         torch.linalg.cholesky(-torch.eye(2))
 
     with pytest.raises(wush.NumericError, match="q_proj: found"):
-        without_waiting(work, GPU)
+        without_waiting(work, GPU, nothing)
 
 
 def test_on_a_cpu_every_check_is_in_its_place() -> None:
-    assert without_waiting(lambda: found(YES), torch.device("cpu"))
+    assert without_waiting(lambda: found(YES), torch.device("cpu"), nothing)
 
 
 def test_checks_after_the_work_are_made_at_once_again() -> None:
-    without_waiting(lambda: found(NO), GPU)
+    without_waiting(lambda: found(NO), GPU, nothing)
     assert found(YES)
 
 

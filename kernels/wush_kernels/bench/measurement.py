@@ -3,7 +3,7 @@
 Legend: `M` tokens, `O` output features (0 where a kernel has none), `I` input features. Times are microseconds.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 OURS, BF16, FP8, ADDMM = "ours", "bf16", "fp8", "addmm"
@@ -12,11 +12,21 @@ Rate = Literal["bf16", "fp8"]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this GPU was measured to do at most: a large copy, read and written bytes counted, and large products."""
+    """What this GPU was measured to do at most: a large copy, read and written bytes counted, and large products.
+
+    `read_gbs`: the fastest that any product of the record read its weight, or 0 where none is known; a memory reads
+    faster than it copies.
+    """
 
     copy_gbs: float
     bf16_tflops: float
     fp8_tflops: float
+    read_gbs: float = 0.0
+
+    def of(self, one: "Measurement") -> "Ceilings":
+        """Those of a measurement: the bytes of a product or of a model are nearly all read."""
+        reads = bool(one.out_features) or one.section == "model"
+        return replace(self, copy_gbs=max(self.copy_gbs, self.read_gbs)) if reads else self
 
     def floor_us(self, work: "Work") -> float:
         """The time below which no kernel does this work: its bytes' or its operations', whichever is larger."""

@@ -87,7 +87,7 @@ def roofline_note(one: Measurement, ceilings: Ceilings) -> str:
     """The time, the floor and what sets it, and the ratio to BF16 that the floor would be."""
     if not one.us or not one.floor_us:
         return ""
-    by_bytes = ceilings.bytes_us(one.work) >= ceilings.flops_us(one.work)
+    by_bytes = ceilings.of(one).bytes_us(one.work) >= ceilings.flops_us(one.work)
     bound = f"{one.work.bytes / 1e6:.1f} MB" if by_bytes else f"{one.work.flops / 1e9:.1f} GFLOP in {one.work.rate}"
     note = f"{one.us:.1f} us; floor {one.floor_us:.1f} us ({bound}), {one.floor_us / one.us:.0%} reached"
     if BF16 in one.timings:
@@ -195,8 +195,10 @@ PROMISES = (
     Promise("NVFP4 prefill, 8192 x 8192, M >= 256, layer", 0.95, "x",
             _product("layers", "nvfp4", (SQUARE_8192,), 256, 4096), _ratio),
     Promise("second moment, to torch.addmm", 1.5, "x", _named("kernels", "second_moment"), _ratio_to_addmm),
-    Promise("GPTQ + WUSH of one Llama-3.1-8B decoder block", 1, "s",
+    Promise("GPTQ + WUSH of one Llama-3.1-8B decoder block, fitted once", 1, "s",
             lambda one: (one.section, one.variant) == ("quantizer", GPTQ_WUSH), _seconds, at_least=False),
+    Promise("GPTQ + WUSH of one Llama-3.1-8B decoder block, refitted", 1, "s",
+            lambda one: (one.section, one.variant) == ("quantizer", "refit"), _seconds, at_least=False),
     Promise("8B-shaped model, decode, batch 1", 2.2, "x", _model("decode"), _ratio),
     Promise("8B-shaped model, prefill of 4 x 2,048 tokens", 1.4, "x", _model("prefill"), _ratio),
 )  # fmt: skip

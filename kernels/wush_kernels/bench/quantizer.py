@@ -120,12 +120,15 @@ def _observe(groups: list[Group]) -> None:
 def _quantize(
     groups: list[Group], algorithm: Algorithm, transform: wush.Transform, device: torch.device
 ) -> list[list[QuantizedWeight]]:
-    return without_waiting(lambda: [group.quantize(algorithm, transform) for group in groups], device)
+    def forget() -> None:
+        for group in groups:
+            group.moment.forget()
+
+    return without_waiting(lambda: [group.quantize(algorithm, transform) for group in groups], device, forget)
 
 
 def _factor(group: Group) -> Tensor:
-    for derived in ("_means_ngg", "inverse_factor"):
-        group.moment.__dict__.pop(derived, None)
+    group.moment.forget()
     return group.moment.inverse_factor
 
 

@@ -101,9 +101,10 @@ def model_table(record: Record) -> Table | None:
 def header(record: Record) -> str:
     """The machine and its ceilings, in three lines."""
     own, ceilings = record.environment, record.ceilings
+    reads = f", products read at up to {ceilings.read_gbs:.0f} GB/s" if ceilings.read_gbs else ""
     return (
         f"{own['gpu']}, driver {own['driver']}, CUDA {own['cuda']}, torch {own['torch']}, Triton {own['triton']}\n"
-        f"copy {ceilings.copy_gbs:.0f} GB/s, BF16 {ceilings.bf16_tflops:.0f} TFLOP/s, FP8 "
+        f"copy {ceilings.copy_gbs:.0f} GB/s{reads}, BF16 {ceilings.bf16_tflops:.0f} TFLOP/s, FP8 "
         f"{ceilings.fp8_tflops:.0f} TFLOP/s, measured here; cold cache; medians of CUDA graph replays\n"
         f"{own['date']}, commit {(own['git_commit'] or 'unknown')[:12]}{', with changes' if own['git_changes'] else ''}"
     )

@@ -48,6 +48,7 @@ def run(options: Options) -> int:
             break
     else:
         record.finished = True
+    record.settle()
     _save(record, path)
     for part in report.summary(record):
         console.print(part)
