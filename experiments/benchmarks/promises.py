@@ -160,7 +160,7 @@ def _activation_share() -> float:
     assert transform is not None
     with torch.no_grad():
         forward = _median_seconds(lambda: layer(x))
-        quantized = _median_seconds(lambda: layer.quantize_input(x))
+        quantized = _median_seconds(lambda: layer.format.round_trip(apply_blocks(x, transform)))
         transformed = _median_seconds(lambda: apply_blocks(x, transform))
     return (quantized - transformed) / forward
 

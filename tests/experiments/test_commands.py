@@ -135,9 +135,9 @@ def test_a_trial_that_runs_elsewhere_can_be_skipped(cli: Cli, drivers: list["sub
 
 
 def test_a_trial_is_taken_over_from_a_process_that_dies(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
-    drivers.append(start(cli, "sweep=theirs", "model.layers=60"))
+    drivers.append(start(cli, "sweep=theirs", "model.layers=300"))
     wait_until(lambda: blocks(cli) >= 1)
-    drivers.append(start(cli, "sweep=mine", "model.layers=60"))
+    drivers.append(start(cli, "sweep=mine", "model.layers=300"))
     wait_until(lambda: states(cli, "mine") == ["running"])
     drivers[0].kill()
     output, _ = drivers[1].communicate(timeout=120)
