@@ -17,6 +17,7 @@ from tests.experiments.conftest import ROOT, SMALL, Cli, environment
 from tests.experiments.test_pool import wait_until
 
 DEEP = "model.layers=500"  # takes long enough to be looked at
+LONG = "model.layers=250"  # long enough for another process to begin, and short enough to see its end
 
 
 @pytest.fixture
@@ -135,9 +136,9 @@ def test_a_trial_that_runs_elsewhere_can_be_skipped(cli: Cli, drivers: list["sub
 
 
 def test_a_trial_is_taken_over_from_a_process_that_dies(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
-    drivers.append(start(cli, "sweep=theirs", "model.layers=300"))
+    drivers.append(start(cli, "sweep=theirs", LONG))
     wait_until(lambda: blocks(cli) >= 1)
-    drivers.append(start(cli, "sweep=mine", "model.layers=300"))
+    drivers.append(start(cli, "sweep=mine", LONG))
     wait_until(lambda: states(cli, "mine") == ["running"])
     drivers[0].kill()
     output, _ = drivers[1].communicate(timeout=120)
@@ -161,7 +162,7 @@ def test_a_failed_trial_says_why_and_its_log_is_shown(cli: Cli) -> None:
 
 
 def test_wait_ends_with_the_sweep_and_its_table(cli: Cli, drivers: list["subprocess.Popen[str]"]) -> None:
-    drivers.append(start(cli, "sweep=mine", "model.layers=60"))
+    drivers.append(start(cli, "sweep=mine", LONG))
     wait_until(lambda: blocks(cli) >= 1)
     waited = cli.experiments("wait")
     assert waited.returncode == 0, waited.stderr
