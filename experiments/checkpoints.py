@@ -146,19 +146,10 @@ def _packed(tensors: "dict[str, Tensor]", about: dict[str, Any]) -> bytes:
     import torch
     from safetensors.torch import save
 
-    own = _apart({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+    own = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     float8 = {key: str(t.dtype).removeprefix("torch.") for key, t in own.items() if "float8" in str(t.dtype)}
     own = {key: tensor.view(torch.uint8) if key in float8 else tensor for key, tensor in own.items()}
     return save(own, {"wush": json.dumps(about | {"float8": float8})})
-
-
-def _apart(tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """The same values, no two tensors sharing memory as those of joined layers do: safetensors writes no such."""
-    first: dict[int, str] = {}
-    for key, tensor in tensors.items():
-        first.setdefault(tensor.untyped_storage().data_ptr(), key)
-    owners = set(first.values())
-    return {key: tensor if key in owners else tensor.clone() for key, tensor in tensors.items()}
 
 
 def _unpacked(content: bytes) -> "tuple[dict[str, Any], dict[str, Tensor]]":

@@ -156,13 +156,23 @@ def natural_order(x: Tensor, group_size: int) -> Tensor:
     return groups.transpose(-1, -2).flatten(-3)
 
 
+def reference_unpack(packed: Tensor) -> Tensor:
+    """4-bit codes `(..., I)` of bytes `(..., I / 2)`, the lower index in the low nibble."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def reference_e2m1(codes: Tensor) -> Tensor:
+    """E2M1 values, float32, of codes 0..15."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=codes.device)
+    return torch.cat([grid, -grid])[codes.int()]
+
+
 def _reference_elements(packed: Tensor, element: str) -> Tensor:
     if element == "e4m3":
         return packed.view(torch.float8_e4m3fn).float()
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    codes = reference_unpack(packed)
     if element == "e2m1":
-        grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=packed.device)
-        return torch.cat([grid, -grid])[codes.int()]
+        return reference_e2m1(codes)
     return codes.float() - (7.5 if element == "int4_midpoint" else 8.0)
 
 

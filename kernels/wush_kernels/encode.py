@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wush_kernels.dequantize import operand_order
+from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.offline import Case
 from wush_kernels.support import INTERPRETED, check_tensor, require_support
 
@@ -163,9 +163,7 @@ def words(by_group: Tensor) -> Tensor:
 def reference_fp8_weight(packed: Tensor, scales: Tensor) -> Fp8Weight:
     """`fp8_weight` in plain PyTorch, by float64 arithmetic and a cast."""
     exponent = scales.view(torch.uint8).double() - 127
-    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=packed.device)
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()
-    elements = torch.cat([grid, -grid])[codes].unflatten(-1, (-1, GROUP_SIZE))
+    elements = reference_e2m1(reference_unpack(packed)).double().unflatten(-1, (-1, GROUP_SIZE))
     nonzero = (elements != 0).any(-1) & (exponent < 128)
     base = exponent.masked_fill(~nonzero, -torch.inf).amax(-1, keepdim=True) - E4M3_WINDOW[1]
     base = base.masked_fill(base == -torch.inf, 0).clamp(min=_LOWEST_BASE)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wush_kernels import launch
 from wush_kernels import numerics as nm
-from wush_kernels.dequantize import operand_order
+from wush_kernels.dequantize import operand_order, reference_e2m1
 from wush_kernels.groups import load_transformed, magnitudes, mxfp4_exponent, mxfp4_units, store_operand
 from wush_kernels.offline import Case
 from wush_kernels.quantize import reference_quantize
@@ -149,8 +149,7 @@ def _empty(
 def reference_fp8_operand(x: Tensor, fmt: FormatSpec, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`fp8_operand` in plain PyTorch, of the codes of `reference_quantize`."""
     codes, scales = reference_quantize(x.reshape(-1, x.shape[-1]), fmt, transform)
-    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
-    elements = torch.cat([grid, -grid])[codes.int()].unflatten(-1, (-1, fmt.group_size))
+    elements = reference_e2m1(codes).unflatten(-1, (-1, fmt.group_size))
     exponent = scales.view(torch.uint8).int() - 127
     counts = elements.abs().amax(-1) > 0
     outside = (counts & ((exponent < WINDOW[0]) | (exponent > WINDOW[1]))).any(-1)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels import numerics as nm
+from wush_kernels.launch import scale_factor
 from wush_kernels.offline import Case
 from wush_kernels.spec import ELEMENTS, FormatSpec
 from wush_kernels.support import check_tensor, require_support
@@ -44,7 +45,7 @@ def _product(x, matrix, stride_row, stride_column, columns, G: tl.constexpr):
 
 
 @triton.jit
-def _group_scales(x, g, scale_factor, FORMAT: tl.constexpr, RULE: tl.constexpr, G: tl.constexpr):
+def _group_scales(x, scale_factor, FORMAT: tl.constexpr, RULE: tl.constexpr, G: tl.constexpr):
     """Scales `(O,)`, as float32 and as stored bits, of groups `(O, G)` float32; NaN for groups that are not finite."""
     amax = tl.max(tl.abs(x), 1)
     finite = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), 1) == G
@@ -83,7 +84,7 @@ def _kernel(
     weights = tl.load(block + far * stride_block + columns[None, :], mask=inside, other=0.0)
     entered = _product(weights, inverse, inverse_row, inverse_column, columns, G)
 
-    scale, scale_bits = _group_scales(entered.to(tl.float32), g, scale_factor, FORMAT, RULE, G)
+    scale, scale_bits = _group_scales(entered.to(tl.float32), scale_factor, FORMAT, RULE, G)
     zero = scale == 0.0
     inverse_s = tl.minimum(tl.div_rn(1.0, tl.where(zero, 1.0, scale)), 3.4028234663852886e38)
     inverse_s = tl.where(zero, 0.0, inverse_s)
@@ -146,7 +147,7 @@ def gptq_sweep(
         _kernel[(triton.cdiv(len(block), _ROWS),)](
             block, inverse, lower, spread, codes, scales.view(_BITS[fmt.scale_dtype.itemsize]), errors,
             len(block), block.stride(0), codes.stride(0), scales.stride(0), errors.stride(0),
-            *inverse.stride(), *lower.stride(), *spread.stride(), g, 1 / g, _scale_factor(fmt, g),
+            *inverse.stride(), *lower.stride(), *spread.stride(), g, 1 / g, scale_factor(fmt.name, fmt.scale_rule, g),
             FORMAT=fmt.name, RULE=fmt.scale_rule, ELEMENT=ELEMENTS[fmt.name, fmt.scale_rule], G=size, ROWS=_ROWS,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -181,13 +182,6 @@ def reference_gptq_sweep(
         error = fmt.expand(element, scales, g).flatten().double() - x[:, c]
         x[:, c:] += error[:, None] * lower[c:, c]
     return codes, scales, (x - entered) @ spread
-
-
-def _scale_factor(fmt: FormatSpec, global_scale: float) -> float:
-    """What a group's largest magnitude is multiplied by for its scale."""
-    if fmt.name == "nvfp4":
-        return 1 / (6.0 * global_scale)
-    return 1 / 7
 
 
 def offline_cases() -> Iterator[Case]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels import launch
-from wush_kernels.dequantize import operand_order
+from wush_kernels.dequantize import operand_order, reference_e2m1
 from wush_kernels.groups import group_values, load_transformed, store_operand
 from wush_kernels.offline import Case
 from wush_kernels.quantize import reference_quantize
@@ -93,11 +93,7 @@ def reference_half_operand(
 ) -> Tensor:
     """`half_operand` in plain PyTorch, of the codes of `reference_quantize`."""
     codes, scales = reference_quantize(x.reshape(-1, x.shape[-1]), fmt, transform)
-    if fmt.name == "mxfp8":
-        elements = codes.view(torch.float8_e4m3fn).float()
-    else:
-        grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
-        elements = torch.cat([grid, -grid])[codes.int()]
+    elements = codes.view(torch.float8_e4m3fn).float() if fmt.name == "mxfp8" else reference_e2m1(codes)
     spread = scales.float().repeat_interleave(fmt.group_size, -1)
     return operand_order(elements * spread * _SHIFTS[fmt.name, dtype], fmt.group_size).to(dtype)
 

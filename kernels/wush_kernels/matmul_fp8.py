@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
 from wush_kernels.split import finish, plan_splits, share_of_waves
@@ -231,13 +232,10 @@ def reference_matmul_fp8(
 ) -> Tensor:
     """The product in float64, `(M, O)`, of the same codes and scales."""
     features = a.shape[1]
-    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=a.device)
-    values = torch.cat([grid, -grid])
-    halves = torch.stack((values[(packed & 15).int()], values[(packed >> 4).int()]))  # even columns, odd columns
-    weight = halves.unflatten(2, (-1, G // 2)).permute(1, 2, 0, 3)  # (O, N, 2, G / 2): operand order
+    elements = operand_order(reference_e2m1(reference_unpack(packed)).double(), G).unflatten(-1, (-1, G))
     by_group = exponents.T.contiguous().view(torch.uint8)[:, : features // G]
-    weight = weight * torch.exp2(by_group.double() - 13)[:, :, None, None]
-    y = a.double() @ weight.reshape(len(packed), -1).T * a_scales.double()[:, None] * w_scales.double() * alpha
+    weight = (elements * torch.exp2(by_group.double() - 13)[:, :, None]).flatten(1)
+    y = a.double() @ weight.T * a_scales.double()[:, None] * w_scales.double() * alpha
     return y if bias is None else y + bias.double()
 
 

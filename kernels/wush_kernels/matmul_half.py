@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
 from wush_kernels.split import finish, plan_splits
@@ -189,13 +190,10 @@ def reference_matmul_half(
     a: Tensor, packed: Tensor, scales: Tensor, alpha: float, bias: Tensor | None = None
 ) -> Tensor:
     """The product in float64, `(M, O)`, of the same codes and scales."""
-    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=a.device)
-    values = torch.cat([grid, -grid])
-    halves = torch.stack((values[(packed & 15).int()], values[(packed >> 4).int()]))  # even columns, odd columns
-    weight = halves.unflatten(2, (-1, G // 2)).permute(1, 2, 0, 3)  # (O, N, 2, G / 2): operand order
+    elements = operand_order(reference_e2m1(reference_unpack(packed)).double(), G).unflatten(-1, (-1, G))
     by_group = scales.T.contiguous().view(torch.float8_e4m3fn)[:, : a.shape[1] // G]
-    weight = weight * by_group.double()[:, :, None, None]
-    y = a.double() * 2.0**7 @ weight.reshape(len(packed), -1).T * alpha
+    weight = (elements * by_group.double()[:, :, None]).flatten(1)
+    y = a.double() * 2.0**7 @ weight.T * alpha
     return y if bias is None else y + bias.double()
 
 
