@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
-# Up to so many tokens packed weights are decoded in registers; beyond, copies of the weight win. From the recorded
-# benchmark of whole layers on an H100 (kernels/benchmarks/results).
-DECODE_ROWS = {"mxfp4": 64, "nvfp4": 32}
+# Up to so many tokens packed weights are decoded in registers, and in larger products up to so many; beyond, copies of
+# the weight win. A product is small with at most so many tiles of 64 x 64: for torch's matmul, too few to fill the GPU.
+# Measured with whole layers on an H100.
+DECODE_ROWS = {"mxfp4": (32, 64), "nvfp4": (32, 32)}
+SMALL_TILES = 256
+HOPPER = (9, 0)
 TENSOR_CORES_BF16, TENSOR_CORES_FP4 = (8, 0), (10, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {
@@ -90,11 +93,11 @@ def choose(fmt: Format, machine: Machine, rows: int, shape: Shape, requested: Ke
         return Choice("torch", "torch", f"no kernel knows {fmt.name}")
     if requested == "auto" and (machine.capability is None or shape.dtype == torch.float32):
         return Choice("torch", "torch", "no CUDA GPU" if machine.capability is None else "a float32 model")
-    few = rows <= DECODE_ROWS.get(fmt.name, 0)
-    reasons = [f"kernels={requested}" if requested != "auto" else _band(fmt, rows)]
+    band, suited = _suited(fmt, rows, shape.out_features)
+    reasons = [f"kernels={requested}" if requested != "auto" else band]
     if machine.no_triton:
         reasons.append(f"not triton: {machine.no_triton}")
-    for matmul in (*_candidates(fmt, machine, few, requested), "torch"):
+    for matmul in (*_candidates(fmt, machine, suited, requested), "torch"):
         obstacle = _obstacle(matmul, fmt, machine, shape)
         if obstacle is None:
             break
@@ -102,23 +105,33 @@ def choose(fmt: Format, machine: Machine, rows: int, shape: Shape, requested: Ke
     return Choice("torch" if machine.no_triton else "triton", matmul, "; ".join(reasons))
 
 
-def _band(fmt: Format, rows: int) -> str:
-    limit = DECODE_ROWS.get(fmt.name)
-    return "any M" if limit is None else f"M <= {limit}" if rows <= limit else f"M > {limit}"
+def _suited(fmt: Format, rows: int, out_features: int) -> tuple[str, tuple[str, ...]]:
+    """The band of sizes that a product is in, and the matmuls that suit it on GPUs without FP4, best first."""
+    if fmt.name not in DECODE_ROWS:
+        return "any M", ("packed", "half")
+    few, more = DECODE_ROWS[fmt.name]
+    packed = {"mxfp4": ("matmul_fp8",), "nvfp4": ("matmul_half",)}[fmt.name]
+    copies = ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
+    if rows <= few:
+        return f"M <= {few}", packed + copies
+    if few == more:
+        return f"M > {few}", copies
+    if -(-out_features // 64) * -(-rows // 64) <= SMALL_TILES:
+        again = packed if rows <= more else ()
+        return f"M > {few}, {SMALL_TILES} tiles or fewer", ("matmul_fp8_copy", *again, *copies)
+    if rows <= more:
+        return f"M <= {more}, more than {SMALL_TILES} tiles", packed + copies
+    return f"M > {more}, more than {SMALL_TILES} tiles", copies
 
 
-def _candidates(fmt: Format, machine: Machine, few: bool, requested: Kernels) -> tuple[str, ...]:
-    """The matmuls that suit, best first."""
+def _candidates(fmt: Format, machine: Machine, suited: tuple[str, ...], requested: Kernels) -> tuple[str, ...]:
+    """The matmuls that suit, or those of them that are requested, best first."""
     if machine.capability and machine.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
         return ("dot_scaled", "half") if requested == "triton" else ("scaled_mm_fp4", "dot_scaled", "half")
-    packed = {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed")
     if requested == "triton":
-        return packed, "half"
-    if requested == "scaled_mm":
-        return "scaled_mm", "half"
-    if few:
-        return (packed, "scaled_mm", "half") if fmt.name == "mxfp4" else (packed, "half")
-    return ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
+        ours = tuple(name for name in suited if name.startswith("matmul"))
+        return (*ours, {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed"), "half")
+    return ("scaled_mm", "half") if requested == "scaled_mm" else suited
 
 
 def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str | None:
@@ -137,7 +150,9 @@ def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str |
         return "the input needs a kernel of Triton"
     if matmul == "matmul_fp8" and shape.misses[0]:
         return f"{shape.misses[0]} groups have exponents outside the window of their row"
-    if matmul == "scaled_mm" and shape.misses[1]:
+    if matmul == "matmul_fp8_copy" and machine.capability not in (None, HOPPER):
+        return "its tiles are made for compute capability 9.0"
+    if matmul in ("scaled_mm", "matmul_fp8_copy") and shape.misses[1]:
         return f"{shape.misses[1]} groups have exponents outside the FP8 window of their row"
     if matmul in ("scaled_mm", "scaled_mm_fp4") and (o % 16 or i % 16):
         return f"{o} x {i} are not multiples of 16"
@@ -265,9 +280,9 @@ def _run(x: Tensor, weight: Weight, kernels: Kernels, keep: bool) -> Tensor:
 
 
 def _choice(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, kernels: Kernels) -> Choice:
-    """`choose` for a weight, worked out once for each side of the threshold."""
+    """`choose` for a weight, worked out once for each band of sizes."""
     choices, fmt = operands.choices, weight.format
-    key = (rows <= DECODE_ROWS.get(fmt.name, 0), dtype, kernels)
+    key = (_suited(fmt, rows, len(weight.packed))[0], dtype, kernels)
     if key not in choices:
         choices[key] = _chosen(weight, operands, rows, dtype, kernels)
         message = f"{fmt.name} layers in {str(dtype).removeprefix('torch.')}: {choices[key]}"
@@ -283,7 +298,7 @@ def _chosen(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, k
     shape = Shape(len(weight.packed), weight.scales.shape[1] * fmt.group_size, dtype)
     offered = machine(weight.packed.device, dtype, fmt) if _known(fmt) else Machine(None)
     choice = choose(fmt, offered, rows, shape, kernels)
-    if choice.matmul in ("matmul_fp8", "scaled_mm"):
+    if choice.matmul in ("matmul_fp8", "matmul_fp8_copy", "scaled_mm"):
         shape = replace(shape, misses=operands.misses(weight))
         choice = choose(fmt, offered, rows, shape, kernels)
     return choice

@@ -82,6 +82,13 @@ class Operands:
 
         return self.get("row bases", lambda: fp8_row_bases(weight.packed, weight.scales))
 
+    def fp8_copy(self, weight: Weight, keep: bool) -> tuple[Tensor, Tensor]:
+        """An MXFP4 weight over its global scale as E4M3 `(O, I)`, in operand order, and its rows' scales `(O,)`."""
+        from wush_kernels.encode import fp8_weight
+
+        rows = self.row_bases(weight)
+        return self.get("fp8", lambda: fp8_weight(weight.packed, weight.scales, rows).bytes, keep), rows.row_scales
+
     def misses(self, weight: Weight) -> tuple[int, int]:
         """How many groups of an MXFP4 weight no exponent of the decode kernel's window holds, and no E4M3 number.
 
@@ -146,10 +153,10 @@ def torch_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str,
 
 def packed_fp8_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
     """MXFP4 on FP8 tensor cores, the weight decoded in registers."""
-    from wush_kernels.fp8_operand import fp8_operand
+    from wush_kernels.fp8_operand import fp8_operand_spans
     from wush_kernels.matmul_fp8 import matmul_fp8
 
-    a, a_scales = fp8_operand(x, weight.format, weight.transform)
+    a, a_scales = fp8_operand_spans(x, weight.format, weight.transform)
     rows = operands.exponents(weight)
     return matmul_fp8(a, a_scales, weight.packed, rows.relative, rows.row_scales, weight.alpha, weight.bias, x.dtype)
 
@@ -165,14 +172,22 @@ def packed_half_product(x: Tensor, weight: Weight, operands: Operands, quantizer
     return matmul_half(a, weight.packed, scales, weight.alpha, weight.bias, x.dtype)
 
 
+def fp8_copy_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+    """MXFP4 on FP8 tensor cores by our kernel, with an E4M3 copy of the weight."""
+    from wush_kernels.fp8_operand import fp8_operand_spans
+    from wush_kernels.matmul_fp8_copy import matmul_fp8_copy
+
+    a, a_scales = fp8_operand_spans(x, weight.format, weight.transform)
+    copy, row_scales = operands.fp8_copy(weight, keep)
+    return matmul_fp8_copy(a, a_scales, copy, row_scales, weight.alpha, weight.bias, x.dtype)
+
+
 def fp8_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
     """MXFP4 by torch's row-wise scaled matmul: E5M2 inputs, an E4M3 copy of the weight, accurate accumulation."""
-    from wush_kernels.encode import fp8_weight
     from wush_kernels.fp8_operand import fp8_operand
 
-    rows = operands.row_bases(weight)
-    copy = operands.get("fp8", lambda: fp8_weight(weight.packed, weight.scales, rows).bytes, keep)
-    w_scales = operands.get("fp8 scales", lambda: (rows.row_scales * weight.alpha)[None])
+    copy, row_scales = operands.fp8_copy(weight, keep)
+    w_scales = operands.get("fp8 scales", lambda: (row_scales * weight.alpha)[None])
     a, a_scales = fp8_operand(x, weight.format, weight.transform)
     return scaled_mm(a, a_scales[:, None], copy, w_scales, weight.bias, x.dtype)
 
@@ -265,6 +280,7 @@ def _natural_half_weight(weight: Weight) -> Tensor:
 PRODUCTS: dict[str, Callable[[Tensor, Weight, Operands, str, bool], Tensor]] = {
     "torch": torch_product,
     "matmul_fp8": packed_fp8_product,
+    "matmul_fp8_copy": fp8_copy_product,
     "matmul_half": packed_half_product,
     "scaled_mm": fp8_product,
     "half": half_product,

@@ -85,10 +85,10 @@ def mxfp4_units(x_brg, exponent, shift, finite, inverse_g, RULE: tl.constexpr):
 
 @triton.jit
 def _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET: tl.constexpr):
-    """`x / g / s`, 0 where s = 0, and the scales `(BLOCKS, ROWS)`, E4M3 numbers in float32."""
+    """`x / g / s`, 0 where s = 0, and the scales `(BLOCKS, ROWS)`, float8e4nv."""
     amax = magnitude.to(tl.float32, bitcast=True)
-    scale = nm.snap_e4m3(tl.minimum(amax * scale_factor, 448.0))
-    return (x_brg * inverse_g) * _e4m3_reciprocal(scale, INTERPRET)[:, :, None], scale
+    scale = nm.nearest_e4m3(tl.minimum(amax * scale_factor, 448.0), INTERPRET)
+    return (x_brg * inverse_g) * _e4m3_reciprocal(scale.to(tl.float32), INTERPRET)[:, :, None], scale
 
 
 @triton.jit
@@ -97,9 +97,8 @@ def _e4m3_reciprocal(scale, INTERPRET: tl.constexpr):
     if INTERPRET:  # without a fused multiplication the step below rounds twice
         return _reciprocal(scale)
     else:
-        safe = tl.where(scale == 0.0, 1.0, scale)
-        guess = 1.0 / safe
-        return tl.where(scale == 0.0, 0.0, tl.fma(guess, tl.fma(-safe, guess, 1.0), guess))
+        guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], tl.float32, True, 1)
+        return tl.where(scale == 0.0, 0.0, tl.fma(guess, tl.fma(-scale, guess, 1.0), guess))
 
 
 @triton.jit
@@ -140,11 +139,12 @@ def group_codes(
         return nm.e2m1_code_at(units, threshold), tl.where(finite, exponent + 127, 255)
     elif FORMAT == "nvfp4":
         units, scale = _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET)
-        return nm.e2m1_code_at(units, nm.e2m1_threshold(0)), tl.where(finite, nm.e4m3_code(scale), 0x7F)
+        code = scale.to(tl.uint8, bitcast=True).to(tl.int32)
+        return nm.e2m1_code_saturated(units), tl.where(finite, code, 0x7F)
     elif FORMAT == "mxfp8":
         exponent = tl.maximum((magnitude >> 23) - 135, -127)
-        units = x_brg * nm.power_of_two(-exponent)[:, :, None]
-        return nm.to_code(nm.snap(units, ELEMENT), ELEMENT), tl.where(finite, exponent + 127, 255)
+        element = nm.nearest_e4m3(x_brg * nm.power_of_two(-exponent)[:, :, None], INTERPRET)
+        return element.to(tl.uint8, bitcast=True).to(tl.int32), tl.where(finite, exponent + 127, 255)
     else:
         tl.static_assert(FORMAT == "int4", "an unknown format")
         bits, scale = _int4_scale(x_brg, magnitude, scale_factor, G, RULE)
@@ -154,24 +154,25 @@ def group_codes(
 
 @triton.jit
 def group_values(
-    x_brg, inverse_g, scale_factor, FORMAT: tl.constexpr, RULE: tl.constexpr, INTERPRET: tl.constexpr
+    x_brg, inverse_g, scale_factor, shift, FORMAT: tl.constexpr, RULE: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
-    """`Q(x) / g`, float32 `(BLOCKS, ROWS, G)`; NaN throughout a group that is not finite."""
+    """`Q(x) / g * shift` for a power of two, float32 `(BLOCKS, ROWS, G)`; a group that is not finite is NaN."""
     magnitude = magnitudes(x_brg)
     finite = magnitude < 0x7F800000
     if FORMAT == "mxfp4":
         exponent = mxfp4_exponent(magnitude, RULE)
         far = tl.where(exponent > 64, 64, tl.where(exponent < -64, -64, 0))
         units, threshold = mxfp4_units(x_brg, exponent, far, finite, inverse_g, RULE)
-        return nm.round_e2m1_at(units, threshold) * nm.power_of_two(far)[:, :, None]
+        return nm.round_e2m1_at(units, threshold) * (nm.power_of_two(far) * shift)[:, :, None]
     elif FORMAT == "nvfp4":
         units, scale = _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET)
-        return nm.snap_e2m1(units) * tl.where(finite, scale, float("nan"))[:, :, None]
+        element = nm.round_e2m1_at(nm.clamp(units, 6.0), nm.e2m1_threshold(0))
+        return element * tl.where(finite, scale.to(tl.float32) * shift, float("nan"))[:, :, None]
     else:
         tl.static_assert(FORMAT == "mxfp8", "a format whose values are not exact in 16 bits")
         exponent = tl.maximum((magnitude >> 23) - 135, -127)
-        snapped = nm.snap_e4m3(x_brg * nm.power_of_two(-exponent)[:, :, None])
-        return snapped * tl.where(finite, nm.power_of_two(exponent), float("nan"))[:, :, None]
+        element = nm.nearest_e4m3(x_brg * nm.power_of_two(-exponent)[:, :, None], INTERPRET).to(tl.float32)
+        return element * tl.where(finite, nm.power_of_two(exponent) * shift, float("nan"))[:, :, None]
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def _kernel(
 ):  # fmt: skip
     row, block = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCKS
     x_brg = load_transformed(x, transform, row, block * G, M, I, stride_x, G, ROWS, BLOCKS, TRANSFORM, INTERPRET)
-    value_brg = group_values(x_brg, inverse_g, scale_factor, FORMAT, RULE, INTERPRET) * shift
+    value_brg = group_values(x_brg, inverse_g, scale_factor, shift, FORMAT, RULE, INTERPRET)
     store_operand(value_brg, out, row, block, M, I, G, ROWS, BLOCKS)
 
 

@@ -1,11 +1,12 @@
 """MXFP4 x MXFP4 on FP8 tensor cores, with weights decoded from 4 bits in registers: for few tokens.
 
-`y[m, o] = alpha * a_scale[m] * w_scale[o] * sum_i a[m, i] * w[o, i] + bias[o]`. Both operands are exact E5M2 numbers,
-so the only rounding is that of the sums, promoted to float32 every `BLOCK_I` columns.
+`y[m, o] = alpha * w_scale[o] * sum_i a_scale[m, i] * a[m, i] * w[o, i] + bias[o]`. Both operands are exact E5M2
+numbers, so the only rounding is that of the sums, promoted to float32 every `BLOCK_I` columns.
 
-Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(M,)` (`wush_kernels.fp8_operand`); packed
-weights `(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32, four groups' to a word, each above its row's base plus
-13, with `w_scales` `(O,)` (`wush_kernels.encode.exponents`); bias `(O,)`; the result `(M, O)`.
+Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(ceil(I / SPAN), M)`
+(`wush_kernels.fp8_operand.fp8_operand_spans`); packed weights `(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32,
+four groups' to a word, each above its row's base plus 13, with `w_scales` `(O,)` (`wush_kernels.encode.exponents`);
+bias `(O,)`; the result `(M, O)`.
 Weights are the tall side of the product. The columns are split among programs; the last one of a tile to finish adds
 the partial sums in a fixed order.
 """
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wush_kernels import fp8_operand
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
@@ -26,6 +28,8 @@ from wush_kernels.support import INTERPRETED, check_tensor, operator, require_su
 from wush_kernels.workspace import workspace
 
 G = 32
+SUMS_BOUND = 2.0**-12  # of the sum of magnitudes: what FP8 tensor cores lose of a product between promotions
+SPAN: tl.constexpr = tl.constexpr(fp8_operand.SPAN)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 # Four bytes of codes: look the eight magnitudes up, sort even from odd columns, put the signs in place.
@@ -89,9 +93,13 @@ def _kernel(
     steps = tl.cdiv(I, BLOCK_I)
     first = steps * tl.program_id(2) // tl.num_programs(2)
     last = steps * (tl.program_id(2) + 1) // tl.num_programs(2)
+    scales_at = a_scales + m
+    next_scale = tl.load(scales_at + (first * BLOCK_I // SPAN) * M, mask=m < M, other=0.0)
     sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     for step in range(first, last):
         i = step * BLOCK_I
+        scale = next_scale[None, :]  # loaded a step ahead, since nothing copies it ahead as it does the operands
+        next_scale = tl.load(scales_at + ((i + BLOCK_I) // SPAN) * M, mask=(m < M) & (step + 1 < last), other=0.0)
         column = i + (half // 16) * 32
         if WHOLE:
             codes = tl.load(packed_at + i // 2)
@@ -107,14 +115,15 @@ def _kernel(
             pairs = tl.reshape(tl.join(even, odd), (BLOCK_O, BLOCK_I // 32, 16, 2))
             weight = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), (BLOCK_O, BLOCK_I))
             a_tile = tl.load(a_at + i, mask=given & ((i + tl.arange(0, BLOCK_I) < I)[None, :] | WHOLE), other=0.0)
-            sums += _product(weight, a_tile, EMULATE)
+            part = _product(weight, a_tile, EMULATE)
         else:
             inside = given & ((column < I)[None, :] | WHOLE)
             part = _product(even, tl.load(a_even_at + i, mask=inside, other=0.0), EMULATE)
             a_odd = tl.load(a_even_at + i + 16, mask=inside, other=0.0)
-            sums += tl.dot(odd, tl.trans(a_odd), part) if not EMULATE else part + _product(odd, a_odd, EMULATE)
+            part = tl.dot(odd, tl.trans(a_odd), part) if not EMULATE else part + _product(odd, a_odd, EMULATE)
+        sums = tl.fma(part, scale, sums)  # powers of two: exact products
     sums = sums * tl.load(w_scales + o_in)[:, None]
-    finish(sums, a_scales, bias, out, partial, counters, o, m, M, O, alpha, SPLIT, BLOCK_O, BLOCK_M, True, HAS_BIAS)
+    finish(sums, bias, out, partial, counters, o, m, M, O, alpha, SPLIT, BLOCK_O, BLOCK_M, HAS_BIAS)
 
 
 def matmul_fp8(
@@ -138,7 +147,7 @@ def matmul_fp8(
     if dtype not in OUTPUTS:
         raise TypeError(f"matmul_fp8: dtype {dtype}, where bfloat16, float16 or float32 is needed")
     check_tensor(a, "matmul_fp8: a", (torch.float8_e5m2,), (rows, features), a.device)
-    check_tensor(a_scales, "matmul_fp8: a_scales", (torch.float32,), (rows,), a.device)
+    check_tensor(a_scales, "matmul_fp8: a_scales", (torch.float32,), (triton.cdiv(features, SPAN), rows), a.device)
     check_tensor(packed, "matmul_fp8: packed", (torch.uint8,), (outputs, features // 2), a.device)
     check_tensor(exponents, "matmul_fp8: exponents", (torch.int32,), (triton.cdiv(features, 128), outputs), a.device)
     check_tensor(w_scales, "matmul_fp8: w_scales", (torch.float32,), (outputs,), a.device)
@@ -235,12 +244,13 @@ def reference_matmul_fp8(
     elements = operand_order(reference_e2m1(reference_unpack(packed)).double(), G).unflatten(-1, (-1, G))
     by_group = exponents.T.contiguous().view(torch.uint8)[:, : features // G]
     weight = (elements * torch.exp2(by_group.double() - 13)[:, :, None]).flatten(1)
-    y = a.double() @ weight.T * a_scales.double()[:, None] * w_scales.double() * alpha
+    spread = a_scales.double().T.repeat_interleave(SPAN, -1)[:, :features]
+    y = (a.double() * spread) @ weight.T * w_scales.double() * alpha
     return y if bias is None else y + bias.double()
 
 
 def offline_cases() -> Iterator[Case]:
-    """Decode with 16 and with 64 tokens."""
+    """The tiles of products with few and more tokens, small and large."""
     types = {"a": "*fp8e5", "packed": "*u8", "exponents": "*i32", "out": "*bf16", "counters": "*i32"}
     types |= dict.fromkeys(("a_scales", "w_scales", "partial"), "*fp32") | {"bias": "*bf16", "alpha": "fp32"}
     types |= dict.fromkeys(("M", "O", "I", "row_bytes"), "i32")
@@ -249,9 +259,9 @@ def offline_cases() -> Iterator[Case]:
         100: (r"tcgen05\.mma\S*kind::f8f6f4", "prmt.b32"),
         120: (r"mma\.sync\S*e5m2\.e5m2", "prmt.b32"),
     }
-    for tokens, output_tile, columns, warps, stages in ((16, 128, 256, 8, 3), (64, 64, 256, 4, 3)):
-        constants = {
-            "JOIN": tokens > 32, "SPLIT": True, "BLOCK_O": output_tile, "BLOCK_M": tokens, "BLOCK_I": columns,
-            "WHOLE": True, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False,
-        }  # fmt: skip
-        yield Case(f"{tokens} tokens", _kernel, types, constants, expects, warps, stages, odd=("M",))
+    for rows, size in ((16, 4096), (16, 8192), (64, 8192)):
+        tile = plan(rows, size, size, torch.device("cpu"))
+        constants: dict[str, object] = {name: tile[name] for name in ("BLOCK_O", "BLOCK_M", "BLOCK_I", "JOIN")}
+        constants |= {"SPLIT": True, "WHOLE": True, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False}
+        warps, stages = tile["num_warps"], tile["num_stages"]
+        yield Case(f"{rows} tokens, {size} x {size}", _kernel, types, constants, expects, warps, stages, ("M",))

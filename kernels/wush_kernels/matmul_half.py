@@ -28,63 +28,107 @@ G = 16
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _UNSHIFT = 2.0**14  # both operands are times 2^-7
 
-# Four bytes of codes to four even and four odd columns: E2M1's bits, moved to float16's exponent and mantissa, are
-# the value times 2^-14; the factor is the scale times 2^7.
+# Two pairs of code bytes to pairs of even and of odd columns: bytes of E5M2, whose bits are E2M1's times 2^-14, for the
+# even and for the odd columns (0xE2 takes the mask's bits from the first, the others from the third operand), become
+# the upper halves of float16 numbers; the factor is the scale times 2^7.
 _DECODE = """
 {
-    .reg .b32 p, q, t, s;
-    prmt.b32 p, $4, 0, 0x4140;
-    prmt.b32 q, $4, 0, 0x4342;
-    shl.b32 t, p, 9;
-    shl.b32 s, p, 12;
-    and.b32 t, t, 0x0E000E00;
-    lop3.b32 t, t, s, 0x80008000, 0xF8;
-    mul.rn.f16x2 $0, t, $5;
-    shl.b32 t, q, 9;
-    shl.b32 s, q, 12;
-    and.b32 t, t, 0x0E000E00;
-    lop3.b32 t, t, s, 0x80008000, 0xF8;
-    mul.rn.f16x2 $1, t, $6;
-    shl.b32 t, p, 5;
-    shl.b32 s, p, 8;
-    and.b32 t, t, 0x0E000E00;
-    lop3.b32 t, t, s, 0x80008000, 0xF8;
-    mul.rn.f16x2 $2, t, $5;
-    shl.b32 t, q, 5;
-    shl.b32 s, q, 8;
-    and.b32 t, t, 0x0E000E00;
-    lop3.b32 t, t, s, 0x80008000, 0xF8;
-    mul.rn.f16x2 $3, t, $6;
+    .reg .b16 f, g;
+    .reg .b32 codes, signs, even, odd, first, second;
+    mov.b32 {f, g}, $6;
+    mov.b32 first, {f, f};
+    mov.b32 second, {g, g};
+    prmt.b32 codes, $4, $5, 0x5410;
+    and.b32 signs, codes, 0x88888888;
+    shr.u32 odd, codes, 3;
+    lop3.b32 odd, odd, 0x0E0E0E0E, signs, 0xE2;
+    shl.b32 even, codes, 1;
+    shl.b32 signs, signs, 4;
+    lop3.b32 even, even, 0x0E0E0E0E, signs, 0xE2;
+    prmt.b32 $0, even, 0, 0x1404;
+    prmt.b32 $1, even, 0, 0x3424;
+    prmt.b32 $2, odd, 0, 0x1404;
+    prmt.b32 $3, odd, 0, 0x3424;
+    mul.rn.f16x2 $0, $0, first;
+    mul.rn.f16x2 $1, $1, second;
+    mul.rn.f16x2 $2, $2, first;
+    mul.rn.f16x2 $3, $3, second;
+}
+"""
+
+# A word of four E4M3 scales to their factors, float16, times 2^7 (0x5800).
+_FACTORS = """
+{
+    .reg .b16 low, high;
+    .reg .b32 first, second, unit;
+    mov.b32 {low, high}, $4;
+    mov.b32 unit, 0x58005800;
+    cvt.rn.f16x2.e4m3x2 first, low;
+    cvt.rn.f16x2.e4m3x2 second, high;
+    mul.rn.f16x2 first, first, unit;
+    mul.rn.f16x2 second, second, unit;
+    mov.b32 {$0, $1}, first;
+    mov.b32 {$2, $3}, second;
 }
 """
 
 
 @triton.jit
-def _decode(packed, factor, DECODE: tl.constexpr, EMULATE: tl.constexpr):
-    """Even and odd columns, float16 like `packed`: values times 2^-7, for factors (float16) of the scale times 2^7."""
+def _factor(word, FACTORS: tl.constexpr, EMULATE: tl.constexpr):
+    """Float16 scales times 2^7, `(O, groups)`, of words `(O, words)`."""
     if EMULATE:
-        code, scale = packed.to(tl.int32), factor.to(tl.float32) * 6.103515625e-05
+        shifted = word[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
+        scale = (shifted & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        factor = (scale.to(tl.float32) * 128.0).to(tl.float16)
+    else:
+        f0, f1, f2, f3 = tl.inline_asm_elementwise(
+            FACTORS, "=h,=h,=h,=h,r", [word], (tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1
+        )
+        factor = tl.join(tl.join(f0, f2), tl.join(f1, f3)).to(tl.float16, bitcast=True)
+    return tl.reshape(factor, (word.shape[0], word.shape[1] * 4))
+
+
+@triton.jit
+def _halves(words):
+    """The two float16 numbers of each word, `(O, 2 * words)`."""
+    both = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).to(tl.float16, bitcast=True)
+    return tl.reshape(both, (words.shape[0], words.shape[1] * 2))
+
+
+@triton.jit
+def _decode(pairs, factor, DECODE: tl.constexpr, EMULATE: tl.constexpr):
+    """Even and odd columns `(O, I / 2)`, float16: values times 2^-7.
+
+    `pairs`: pairs of code bytes, `(O, I / 4)` int32. `factor`: the scales times 2^7, `(O, groups)` float16.
+    """
+    ROWS: tl.constexpr = pairs.shape[0]
+    PAIRS: tl.constexpr = pairs.shape[1]
+    spread = tl.reshape(tl.broadcast_to(factor[:, :, None], (ROWS, PAIRS // 4, 4)), (ROWS, PAIRS))
+    if EMULATE:
+        code = tl.reshape(tl.join(pairs & 0xFF, pairs >> 8), (ROWS, PAIRS * 2))
+        scale = tl.reshape(tl.join(spread, spread), (ROWS, PAIRS * 2)).to(tl.float32) * 6.103515625e-05
         return (e2m1_value(code & 15) * scale).to(tl.float16), (e2m1_value(code >> 4) * scale).to(tl.float16)
-    return tl.inline_asm_elementwise(
-        DECODE, "=&r,=&r,=&r,=&r,r,r,r", [packed, factor], (tl.float16, tl.float16), is_pure=True, pack=4
+    even, odd = tl.inline_asm_elementwise(
+        DECODE, "=&r,=&r,=&r,=&r,r,r,r", [pairs, spread], (tl.int32, tl.int32), is_pure=True, pack=2
     )
+    return _halves(even), _halves(odd)
 
 
 @triton.jit(do_not_specialize=["M"])  # as a constant, M = 1 would change how inputs are read
 def _kernel(
     a, packed, scales, bias, out, partial, counters, M, O, I, row_bytes, alpha,
     SPLIT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr,
+    WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, FACTORS: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_I // 2
-    GROUPS: tl.constexpr = BLOCK_I // 16
     WORDS: tl.constexpr = BLOCK_I // 64
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     half, word = tl.arange(0, HALF), tl.arange(0, WORDS)
     o_in = tl.minimum(o, O - 1)  # rows past the end are read again and never stored
     given = (m < M)[:, None]  # rows past the end are not read: many programs reading one row again would queue for it
-    packed_at = packed + o_in.to(tl.int64)[:, None] * row_bytes + half[None, :]
+    pair = tl.arange(0, HALF // 2)
+    pairs_at = packed.to(tl.pointer_type(tl.uint16)) + o_in.to(tl.int64)[:, None] * (row_bytes // 2) + pair[None, :]
     scales_at = scales + word[:, None] * O + o_in[None, :]
     a_at = a + m.to(tl.int64)[:, None] * I + ((half // 8) * 16 + half % 8)[None, :]
     steps = tl.cdiv(I, BLOCK_I)
@@ -95,20 +139,18 @@ def _kernel(
         i = step * BLOCK_I
         column = i + (half // 8) * 16
         if WHOLE:
-            codes, scale = tl.load(packed_at + i // 2), tl.load(scales_at + (i // 64) * O)
+            pairs, scale = tl.load(pairs_at + i // 4), tl.load(scales_at + (i // 64) * O)
         else:
-            codes = tl.load(packed_at + i // 2, mask=(column < I)[None, :], other=0)
+            pairs = tl.load(pairs_at + i // 4, mask=(i + pair // 4 * 16 < I)[None, :], other=0)
             scale = tl.load(scales_at + (i // 64) * O, mask=(i + word * 64 < I)[:, None], other=0)
         inside = given & ((column < I)[None, :] | WHOLE)
         a_even, a_odd = tl.load(a_at + i, mask=inside, other=0.0), tl.load(a_at + i + 8, mask=inside, other=0.0)
-        shifted = tl.trans(scale)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
-        by_group = tl.reshape((shifted & 0xFF).to(tl.uint8), (BLOCK_O, GROUPS)).to(tl.float8e4nv, bitcast=True)
-        factor = (by_group.to(tl.float32) * 128.0).to(tl.float16)
-        spread = tl.broadcast_to(factor[:, :, None], (BLOCK_O, GROUPS, 8))
-        even, odd = _decode(codes, tl.reshape(spread, (BLOCK_O, HALF)), DECODE, EMULATE)
+        # Only loads, views and elementwise steps lead to the product: then codes and scales come from shared memory in
+        # the layout of its operand, and decoded weights never leave the registers.
+        even, odd = _decode(pairs.to(tl.int32), _factor(tl.trans(scale), FACTORS, EMULATE), DECODE, EMULATE)
         part = tl.dot(even, tl.trans(a_even))
         sums += tl.dot(odd, tl.trans(a_odd), part)
-    finish(sums, None, bias, out, partial, counters, o, m, M, O, alpha, SPLIT, BLOCK_O, BLOCK_M, False, HAS_BIAS)
+    finish(sums, bias, out, partial, counters, o, m, M, O, alpha, SPLIT, BLOCK_O, BLOCK_M, HAS_BIAS)
 
 
 def matmul_half(
@@ -181,7 +223,7 @@ def launch(
     _kernel[grid](
         a, packed, scales, bias, out, partial, workspace(a.device, grid[0] * grid[1]), rows, outputs, features,
         features // 2, alpha * _UNSHIFT, WHOLE=features % tile["BLOCK_I"] == 0, HAS_BIAS=bias is not None,
-        DECODE=_DECODE, EMULATE=INTERPRETED, SPLIT=grid[2] > 1,
+        FACTORS=_FACTORS, DECODE=_DECODE, EMULATE=INTERPRETED, SPLIT=grid[2] > 1,
         enable_fp_fusion=False, **constants,
     )  # fmt: skip
 
@@ -202,12 +244,13 @@ def offline_cases() -> Iterator[Case]:
     types = {"a": "*fp16", "packed": "*u8", "scales": "*i32", "out": "*bf16", "counters": "*i32"}
     types |= {"partial": "*fp32", "bias": "*bf16", "alpha": "fp32"}
     types |= dict.fromkeys(("M", "O", "I", "row_bytes"), "i32")
-    mma = {90: r"wgmma\.mma_async.*f16", 100: "mma", 120: "mma.sync"}
-    expects = {capability: (pattern, "mul.rn.f16x2") for capability, pattern in mma.items()}
+    # ld.shared.b16: codes are read in the operand's layout, so weights stay in registers
+    patterns = {90: r"(?s)ld\.shared\.b16.*wgmma\.mma_async\S*f16", 100: "mma", 120: "mma.sync"}
+    expects = {capability: (pattern, "mul.rn.f16x2") for capability, pattern in patterns.items()}
     for tokens, output_tile, warps, stages in ((16, 128, 4, 4), (64, 256, 8, 3)):
         constants = {
             "SPLIT": True, "BLOCK_O": output_tile, "BLOCK_M": tokens, "BLOCK_I": 128, "WHOLE": True,
-            "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False,
+            "HAS_BIAS": True, "FACTORS": _FACTORS, "DECODE": _DECODE, "EMULATE": False,
         }  # fmt: skip
         # 256 rows a tile spill on sm_120, which multiplies in registers; there 64 tokens take the 16-bit path
         on = (90, 100, 120) if tokens == 16 else (90, 100)

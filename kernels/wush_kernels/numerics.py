@@ -73,14 +73,27 @@ def round_e2m1_at(x, threshold):
 
 @triton.jit
 def e2m1_code_at(x, threshold):
-    """The code (int32) of the nearest multiple of E2M1 of a unit, ties to the even code; past 6 units saturates.
+    """The code of the nearest multiple of E2M1 of a unit, ties to the even code, for `|x|` of at most 6 units.
 
-    `x + magic` holds the rounded mantissa as an integer; each binade above the unit's is two codes further.
+    An int32 of which only the low 4 bits are defined.
     """
-    magic = _e2m1_magic(x, threshold)
-    steps = (x + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
-    code = tl.minimum(tl.abs(steps) + ((magic - threshold) >> 22), 7)
-    return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8)
+    return _e2m1_code(x, tl.abs(x), x, threshold)
+
+
+@triton.jit
+def e2m1_code_saturated(x):
+    """`e2m1_code_at` of the unit 1 for any x; past 6 saturates."""
+    magnitude = tl.minimum(tl.abs(x), 6.0)
+    return _e2m1_code(magnitude, magnitude, x, e2m1_threshold(0))
+
+
+@triton.jit
+def _e2m1_code(binade, magnitude, sign, threshold):
+    """`magnitude + magic` holds the rounded mantissa as an integer; each binade above the unit's is two codes more."""
+    magic = _e2m1_magic(binade, threshold).to(tl.float32, bitcast=True)
+    steps = (magnitude + magic).to(tl.int32, bitcast=True) - threshold
+    code = steps + (steps >> 22)
+    return code ^ ((code ^ (sign.to(tl.int32, bitcast=True) >> 28)) & 8)  # bit 3 from the sign
 
 
 @triton.jit
@@ -122,6 +135,14 @@ def e2m1_value(code):
 def e4m3_code(v):
     """The byte (int32) of E4M3 grid values."""
     return v.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def nearest_e4m3(x, INTERPRET: tl.constexpr):
+    """The nearest E4M3 number, float8e4nv, ties to even; past 448 saturates."""
+    if INTERPRET:  # whose conversion does not round to nearest
+        x = snap_e4m3(x)
+    return x.to(tl.float8e4nv)
 
 
 @triton.jit

@@ -33,13 +33,13 @@ def processors(device: torch.device) -> int:
 
 @triton.jit
 def finish(
-    sums, a_scales, bias, out, partial, counters, o, m, M, O, alpha,
+    sums, bias, out, partial, counters, o, m, M, O, alpha,
     SPLIT: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr,
-    HAS_A_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Store `alpha * a_scale * sums + bias`; with several splits the last program of a tile does, in a fixed order."""
+    """Store `alpha * sums + bias`; with several splits the last program of a tile does, in a fixed order."""
     if not SPLIT:
-        _store(sums, a_scales, bias, out, o, m, M, O, alpha, HAS_A_SCALES, HAS_BIAS)
+        _store(sums, bias, out, o, m, M, O, alpha, HAS_BIAS)
     else:
         splits = tl.num_programs(2)
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -52,16 +52,12 @@ def finish(
             total = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
             for split in range(splits):
                 total += tl.load(own + split * (BLOCK_O * BLOCK_M), cache_modifier=".cg")
-            _store(total, a_scales, bias, out, o, m, M, O, alpha, HAS_A_SCALES, HAS_BIAS)
+            _store(total, bias, out, o, m, M, O, alpha, HAS_BIAS)
 
 
 @triton.jit
-def _store(
-    sums, a_scales, bias, out, o, m, M, O, alpha, HAS_A_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr
-):  # fmt: skip
+def _store(sums, bias, out, o, m, M, O, alpha, HAS_BIAS: tl.constexpr):
     y = sums * alpha
-    if HAS_A_SCALES:
-        y = y * tl.load(a_scales + m, mask=m < M, other=0.0)[None, :]
     if HAS_BIAS:
         y = y + tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
     at = out + m.to(tl.int64)[None, :] * O + o[:, None]

@@ -1,19 +1,19 @@
-"""Products with weights decoded in registers, against float64 products of the same codes."""
+"""Products with weights decoded in registers or copied to FP8, against float64 products of the same codes."""
 
 import pytest
 import torch
 from torch import Tensor
 
 import wush
-from wush_kernels.encode import DECODE_WINDOW, exponents, words
-from wush_kernels.fp8_operand import fp8_operand
+from wush_kernels.encode import DECODE_WINDOW, exponents, fp8_weight, words
+from wush_kernels.fp8_operand import fp8_operand_spans
 from wush_kernels.half_operand import half_operand
-from wush_kernels.matmul_fp8 import matmul_fp8, reference_matmul_fp8
+from wush_kernels.matmul_fp8 import SUMS_BOUND, matmul_fp8, reference_matmul_fp8
+from wush_kernels.matmul_fp8_copy import matmul_fp8_copy, reference_matmul_fp8_copy
 from wush_kernels.matmul_half import matmul_half, reference_matmul_half
 from wush_kernels.quantize import quantize
 
 SHAPES = [(1, 40, 64), (1, 130, 1056), (5, 64, 512), (20, 100, 1056), (64, 200, 256), (100, 130, 288)]
-FP8_SUMS = 1e-3  # of |a| |w|: FP8 tensor cores align products to about 14 bits before each promotion
 FP32_SUMS = 2e-6
 FORMAT_ROUNDING = 3e-7  # `wush.formats` multiplies by the global scale in float32, on both sides
 
@@ -30,7 +30,12 @@ def operands(
 def fp8(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     packed, scales = quantize(weight, wush.MXFP4)
     rows = exponents(packed, scales, *DECODE_WINDOW)
-    return *fp8_operand(x, wush.MXFP4), packed, rows.relative, rows.row_scales
+    return *fp8_operand_spans(x, wush.MXFP4), packed, rows.relative, rows.row_scales
+
+
+def copied(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    made = fp8_weight(*quantize(weight, wush.MXFP4))
+    return *fp8_operand_spans(x, wush.MXFP4), made.bytes, made.row_scales
 
 
 def half(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -44,20 +49,42 @@ def exact(x: Tensor, weight: Tensor, fmt: wush.Format) -> tuple[Tensor, Tensor]:
     return a @ w.T, a.abs() @ w.abs().T
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+MXFP4 = {
+    "packed": (fp8, matmul_fp8, reference_matmul_fp8),
+    "copied": (copied, matmul_fp8_copy, reference_matmul_fp8_copy),
+}
+
+
+@pytest.mark.parametrize("kernel", MXFP4)
+@pytest.mark.parametrize("shape", [*SHAPES, (150, 70, 544)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_mxfp4_products_stay_within_the_accumulators_bound(
-    shape: tuple[int, int, int], biased: bool, device: torch.device, generator: torch.Generator
+    kernel: str, shape: tuple[int, int, int], biased: bool, device: torch.device, generator: torch.Generator
 ) -> None:
     x, weight, bias = operands(*shape, device, generator)
-    prepared = fp8(x, weight)
+    x[0, :32] *= 2.0**20  # a span with a scale of its own
+    prepare, matmul, reference = MXFP4[kernel]
+    prepared = prepare(x, weight)
     expected, size = exact(x, weight, wush.MXFP4)
-    reference = reference_matmul_fp8(*prepared, 1 / 9)
-    assert ((reference - expected).abs() <= FORMAT_ROUNDING * size).all()
-    y = matmul_fp8(*prepared, 1 / 9, bias if biased else None, torch.float32)
+    assert ((reference(*prepared, 1 / 9) - expected).abs() <= FORMAT_ROUNDING * size).all()
+    y = matmul(*prepared, 1 / 9, bias if biased else None, torch.float32)
     expected = expected + bias.double() if biased else expected
-    bound = FP8_SUMS if device.type == "cuda" else FP32_SUMS
+    bound = SUMS_BOUND if device.type == "cuda" else FP32_SUMS
     assert ((y.double() - expected).abs() <= bound * (size + 1)).all()
+
+
+@pytest.mark.parametrize("kernel", MXFP4)
+def test_long_sums_of_one_sign_stay_within_the_bound(
+    kernel: str, device: torch.device, generator: torch.Generator
+) -> None:
+    rows, features = (16, 28672) if device.type == "cuda" else (2, 2048)
+    x, weight, _ = operands(rows, 64, features, device, generator)
+    x, weight = x.abs() + 0.5, weight.abs() + 0.01
+    prepare, matmul, _ = MXFP4[kernel]
+    expected, size = exact(x, weight, wush.MXFP4)
+    y = matmul(*prepare(x, weight), 1 / 9, None, torch.float32)
+    bound = SUMS_BOUND if device.type == "cuda" else FP32_SUMS
+    assert ((y.double() - expected).abs() <= bound * size).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -88,12 +115,16 @@ def test_split_sums_are_the_same_every_time(device: torch.device, generator: tor
     assert torch.equal(first, matmul_fp8(*fp8(x, weight), 1 / 9, None, torch.float32))
 
 
-@pytest.mark.parametrize("product", ["fp8", "half"])
+@pytest.mark.parametrize("product", ["fp8", "copied", "half"])
 def test_a_nan_row_stays_in_its_row(product: str, device: torch.device, generator: torch.Generator) -> None:
-    if product == "fp8" and device.type == "cpu":
+    if product != "half" and device.type == "cpu":
         pytest.skip("Triton's interpreter does not know E5M2's NaN")
     x, weight, _ = operands(3, 64, 256, device, generator)
-    run = {"fp8": lambda x: matmul_fp8(*fp8(x, weight), 1 / 9), "half": lambda x: matmul_half(*half(x, weight), 0.01)}
+    run = {
+        "fp8": lambda x: matmul_fp8(*fp8(x, weight), 1 / 9),
+        "copied": lambda x: matmul_fp8_copy(*copied(x, weight), 1 / 9),
+        "half": lambda x: matmul_half(*half(x, weight), 0.01),
+    }
     clean = run[product](x)
     x[1, 7] = torch.nan
     y = run[product](x)
@@ -104,6 +135,7 @@ def test_a_nan_row_stays_in_its_row(product: str, device: torch.device, generato
 def test_no_tokens_make_an_empty_result(device: torch.device, generator: torch.Generator) -> None:
     x, weight, _ = operands(0, 64, 256, device, generator)
     assert matmul_fp8(*fp8(x, weight), 1 / 9).shape == (0, 64)
+    assert matmul_fp8_copy(*copied(x, weight), 1 / 9).shape == (0, 64)
     assert matmul_half(*half(x, weight), 0.01).shape == (0, 64)
 
 
@@ -116,3 +148,8 @@ def test_bad_operands_are_told_apart(device: torch.device, generator: torch.Gene
         matmul_fp8(a, a_scales, packed[:, :64].contiguous(), relative, w_scales, 1.0)
     with pytest.raises(ValueError, match="not contiguous"):
         matmul_fp8(a, a_scales, packed.T.contiguous().T, relative, w_scales, 1.0)
+    a, a_scales, copy, w_scales = copied(x, weight)
+    with pytest.raises(ValueError, match=r"matmul_fp8_copy: a_scales: shape \(2,\), where \(1, 2\) is needed"):
+        matmul_fp8_copy(a, a_scales[0], copy, w_scales, 1.0)
+    with pytest.raises(TypeError, match="matmul_fp8_copy: weight: dtype float32, where float8_e4m3fn is needed"):
+        matmul_fp8_copy(a, a_scales, copy.float(), w_scales, 1.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 import wush
 from wush import backends
 from wush.algorithms import QuantizedWeight
-from wush.backends import DECODE_ROWS, Kernels, Machine, Shape, choose
+from wush.backends import DECODE_ROWS, SMALL_TILES, Kernels, Machine, Shape, choose
 from wush.formats import Format
 from wush.operands import PRODUCTS, bits_of, operands_of
 from wush_kernels.support import INTERPRETED
@@ -58,23 +58,27 @@ def exact(ours: wush.QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
 
 # The choice
 
-M = DECODE_ROWS["mxfp4"]
+FEW, MORE = DECODE_ROWS["mxfp4"]  # 4,096 outputs are 64 tiles for 64 tokens
 TABLE: list[tuple[Format, Machine, int, Kernels, str, str]] = [
     (wush.MXFP4, H100, 1, "auto", "triton", "matmul_fp8"),
-    (wush.MXFP4, H100, M, "auto", "triton", "matmul_fp8"),
-    (wush.MXFP4, H100, M + 1, "auto", "triton", "scaled_mm"),
+    (wush.MXFP4, H100, FEW, "auto", "triton", "matmul_fp8"),
+    (wush.MXFP4, H100, FEW + 1, "auto", "triton", "matmul_fp8_copy"),
+    (wush.MXFP4, H100, SMALL_TILES, "auto", "triton", "matmul_fp8_copy"),
+    (wush.MXFP4, H100, SMALL_TILES + 1, "auto", "triton", "scaled_mm"),
     (wush.MXFP4, H200, 4096, "auto", "triton", "scaled_mm"),
+    (wush.MXFP4, H100, FEW + 1, "triton", "triton", "matmul_fp8_copy"),
     (wush.MXFP4, H100, 4096, "triton", "triton", "matmul_fp8"),
     (wush.MXFP4, H100, 1, "scaled_mm", "triton", "scaled_mm"),
     (wush.MXFP4, H100, 1, "torch", "torch", "torch"),
     (wush.NVFP4, H100, 1, "auto", "triton", "matmul_half"),
-    (wush.NVFP4, H100, DECODE_ROWS["nvfp4"] + 1, "auto", "triton", "half"),
+    (wush.NVFP4, H100, DECODE_ROWS["nvfp4"][0] + 1, "auto", "triton", "half"),
     (wush.NVFP4, H100, 4096, "triton", "triton", "matmul_half"),
     (wush.NVFP4, H100, 1, "scaled_mm", "triton", "half"),
     (wush.MXFP8, H100, 1, "auto", "triton", "half"),
     (wush.INT4, H100, 1, "auto", "triton", "torch"),
     (wush.MXFP4, ADA, 1, "auto", "triton", "matmul_fp8"),
-    (wush.MXFP4, ADA, 4096, "auto", "triton", "scaled_mm"),
+    (wush.MXFP4, ADA, MORE, "auto", "triton", "matmul_fp8"),
+    (wush.MXFP4, ADA, MORE + 1, "auto", "triton", "scaled_mm"),
     (wush.MXFP4, B200, 1, "auto", "triton", "scaled_mm_fp4"),
     (wush.NVFP4, B200, 4096, "auto", "triton", "scaled_mm_fp4"),
     (wush.MXFP4, replace(B200, no_scaled_fp4="not built"), 1, "auto", "triton", "dot_scaled"),
@@ -106,8 +110,11 @@ def test_the_choice_by_format_machine_and_tokens(
 FALLBACKS = [
     (replace(SHAPE, misses=(3, 5)), 1, "half", "3 groups have exponents outside the window"),
     (replace(SHAPE, misses=(0, 5)), 1, "matmul_fp8", ""),
+    (replace(SHAPE, misses=(0, 5)), MORE, "matmul_fp8", "not matmul_fp8_copy: 5 groups have exponents outside"),
+    (replace(SHAPE, out_features=28672), MORE, "matmul_fp8", f"M <= {MORE}, more than {SMALL_TILES} tiles"),
+    (replace(SHAPE, out_features=28672), MORE + 1, "scaled_mm", f"M > {MORE}, more than {SMALL_TILES} tiles"),
     (replace(SHAPE, misses=(0, 5)), 4096, "half", "5 groups have exponents outside the FP8 window"),
-    (replace(SHAPE, out_features=100), 4096, "half", "100 x 4096 are not multiples of 16"),
+    (replace(SHAPE, out_features=8200), 4096, "half", "8200 x 4096 are not multiples of 16"),
     (replace(SHAPE, dtype=torch.float32), 1, "torch", "a float32 model"),
 ]
 
