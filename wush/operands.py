@@ -153,10 +153,10 @@ def torch_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str,
 
 def packed_fp8_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
     """MXFP4 on FP8 tensor cores, the weight decoded in registers."""
-    from wush_kernels.fp8_operand import fp8_operand_spans
+    from wush_kernels.fp8_spans import fp8_spans
     from wush_kernels.matmul_fp8 import matmul_fp8
 
-    a, a_scales = fp8_operand_spans(x, weight.format, weight.transform)
+    a, a_scales = fp8_spans(x, weight.format, weight.transform)
     rows = operands.exponents(weight)
     return matmul_fp8(a, a_scales, weight.packed, rows.relative, rows.row_scales, weight.alpha, weight.bias, x.dtype)
 
@@ -174,10 +174,10 @@ def packed_half_product(x: Tensor, weight: Weight, operands: Operands, quantizer
 
 def fp8_copy_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
     """MXFP4 on FP8 tensor cores by our kernel, with an E4M3 copy of the weight."""
-    from wush_kernels.fp8_operand import fp8_operand_spans
+    from wush_kernels.fp8_spans import fp8_spans
     from wush_kernels.matmul_fp8_copy import matmul_fp8_copy
 
-    a, a_scales = fp8_operand_spans(x, weight.format, weight.transform)
+    a, a_scales = fp8_spans(x, weight.format, weight.transform)
     copy, row_scales = operands.fp8_copy(weight, keep)
     return matmul_fp8_copy(a, a_scales, copy, row_scales, weight.alpha, weight.bias, x.dtype)
 

@@ -1,15 +1,12 @@
 """Block transform and MXFP4 quantization in one pass, to exact FP8 numbers: an operand of an FP8 matmul.
 
-An MXFP4 value over the global scale is `code * 2^k`, an E5M2 number for group exponents k in -15..13. Where all groups
-of a span are inside that window its bytes are relative to `2^0`; where one is outside, to the span's largest exponent.
-A span is a row, for matmuls that take one scale a row, or `SPAN` columns of it, which one program decides alone.
-Whole rows are written relative to `2^0` at first; a row with a group outside the window is written again by the last
-program of its block of rows, in the same launch.
+An MXFP4 value over the global scale is `code * 2^k`, an E5M2 number for group exponents k in -15..13. Rows are written
+relative to `2^0`; a row with a group outside that window is written again by the last program of its block of rows,
+relative to its own largest exponent, in the same launch.
 
 Layouts: x `(..., I)` and the transform as in `wush_kernels.quantize`; bytes `(M, I)` float8_e5m2 in operand order (of
-each group the even columns first, then the odd ones, since nibbles decode to even and odd columns apart); scales
-float32, powers of two, `(M,)` or `(ceil(I / SPAN), M)`: `Q(T x) / g = byte * scale`. A group with NaN or infinity
-becomes NaN.
+each group the even columns first, then the odd ones, since nibbles decode to even and odd columns apart); row scales
+`(M,)` float32, powers of two: `Q(T x) / g = byte * row_scale`. A group with NaN or infinity becomes NaN.
 """
 
 from collections.abc import Iterator
@@ -31,36 +28,6 @@ from wush_kernels.support import operator
 from wush_kernels.workspace import flushed_groups, workspace
 
 WINDOW = (-15, 13)  # group exponents of which every value is an E5M2 number
-SPAN = 256  # columns that share a scale where rows do not
-
-
-@triton.jit
-def _wider(high, low, other_high, other_low):
-    return tl.maximum(high, other_high), tl.minimum(low, other_low)
-
-
-@triton.jit
-def _span_kernel(
-    x, transform, out, scales, flushed, M, I, stride_x, inverse_g,
-    RULE: tl.constexpr, G: tl.constexpr, TRANSFORM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    LOWEST: tl.constexpr, HIGHEST: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    row, block = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCKS
-    x_brg = load_transformed(x, transform, row, block * G, M, I, stride_x, G, ROWS, BLOCKS, TRANSFORM, INTERPRET)
-    magnitude = magnitudes(x_brg)
-    finite = magnitude < 0x7F800000
-    exponent = mxfp4_exponent(magnitude, RULE)
-    counts = finite & (magnitude > 0)
-    high, low = tl.reduce((tl.where(counts, exponent, -127), tl.where(counts, exponent, 127)), 0, _wider)
-    outside = (high > HIGHEST) | ((low < LOWEST) & (high > -127))
-    base = tl.where(outside, tl.maximum(high - HIGHEST, -126), 0)
-    base_br = tl.broadcast_to(base[None, :], (BLOCKS, ROWS))
-    lost = counts & (exponent - base_br < LOWEST)
-    tl.atomic_add(flushed + tl.zeros((BLOCKS, ROWS), tl.int32), lost.to(tl.int32), mask=lost, sem="relaxed")
-    units, threshold = mxfp4_units(x_brg, exponent, base_br, finite, inverse_g, RULE)
-    store_operand(nm.round_e2m1_at(units, threshold), out, row, block, M, I, G, ROWS, BLOCKS)
-    rows = row + tl.arange(0, ROWS)
-    tl.store(scales + tl.program_id(1) * M + rows, nm.power_of_two(base), rows < M)
 
 
 @triton.jit
@@ -151,7 +118,7 @@ def fp8_operand(x: Tensor, fmt: FormatSpec, transform: Tensor | None = None) -> 
     lose bits and are counted (`wush_kernels.workspace.flushed_groups`). Raises `ValueError` or `TypeError` for a
     tensor or a format that does not fit.
     """
-    _check(x, fmt, transform, "fp8_operand")
+    check(x, fmt, transform, "fp8_operand")
     return _fp8_operand(launch.as_rows(x), transform, fmt.scale_rule, fmt.group_size, fmt.global_scale)
 
 
@@ -178,37 +145,8 @@ def _empty(
     return x.new_empty(x.shape, dtype=torch.float8_e5m2), x.new_empty(len(x), dtype=torch.float32)
 
 
-def fp8_operand_spans(x: Tensor, fmt: FormatSpec, transform: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`fp8_operand` with a scale for `SPAN` columns of a row, `(ceil(I / SPAN), M)`."""
-    _check(x, fmt, transform, "fp8_operand_spans")
-    return _fp8_operand_spans(launch.as_rows(x), transform, fmt.scale_rule, fmt.group_size, fmt.global_scale)
-
-
-@operator("wush::fp8_operand_spans")
-def _fp8_operand_spans(
-    x: Tensor, transform: Tensor | None, rule: str, group_size: int, global_scale: float
-) -> tuple[Tensor, Tensor]:
-    out, scales = _empty_spans(x, transform, rule, group_size, global_scale)
-    if x.numel():
-        constants = launch.constants(len(x), group_size, transform)
-        constants |= {"BLOCKS": SPAN // group_size, "ROWS": min(32, launch.block_rows(len(x)))}
-        grid = triton.cdiv(len(x), constants["ROWS"]), len(scales)
-        _span_kernel[grid](
-            x, transform, out, scales, flushed_groups(x.device), *x.shape, x.stride(0), 1 / global_scale, RULE=rule,
-            LOWEST=WINDOW[0], HIGHEST=WINDOW[1], enable_fp_fusion=False, **constants,
-        )  # fmt: skip
-    return out, scales
-
-
-@_fp8_operand_spans.register_fake
-def _empty_spans(
-    x: Tensor, transform: Tensor | None, rule: str, group_size: int, global_scale: float
-) -> tuple[Tensor, Tensor]:
-    scales = x.new_empty(-(-x.shape[1] // SPAN), len(x), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float8_e5m2), scales
-
-
-def _check(x: Tensor, fmt: FormatSpec, transform: Tensor | None, kernel: str) -> None:
+def check(x: Tensor, fmt: FormatSpec, transform: Tensor | None, kernel: str) -> None:
+    """Raise for an input, a transform or a format that does not fit; the message names the kernel."""
     launch.check_input(x, fmt, transform, kernel)
     if fmt.name != "mxfp4":
         raise ValueError(f"{kernel}: {fmt.name} values are no FP8 numbers; use half_operand")
@@ -217,7 +155,7 @@ def _check(x: Tensor, fmt: FormatSpec, transform: Tensor | None, kernel: str) ->
 def reference_fp8_operand(
     x: Tensor, fmt: FormatSpec, transform: Tensor | None = None, span: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`fp8_operand` in plain PyTorch, of the codes of `reference_quantize`; with a `span`, `fp8_operand_spans`."""
+    """`fp8_operand` in plain PyTorch, of the codes of `reference_quantize`; with a `span`, scales `(ceil(I / span), M)`."""
     x, size = x.reshape(-1, x.shape[-1]), fmt.group_size
     codes, scales = reference_quantize(x, fmt, transform)
     per_span = len(scales[0]) if span is None else span // size
@@ -235,20 +173,13 @@ def reference_fp8_operand(
 
 
 def offline_cases() -> Iterator[Case]:
-    """Each kind of transform; scales of rows and of spans."""
-    types = launch.offline_types(out="*fp8e5", row_scales="*fp32", scales="*fp32")
+    """Each kind of transform."""
+    types = launch.offline_types(out="*fp8e5", row_scales="*fp32")
     types |= dict.fromkeys(("counters", "flags", "flushed"), "*i32")
-    for kernel, what, transform in (
-        (_kernel, "rows", "block"),
-        (_kernel, "rows", "shared"),
-        (_kernel, "rows", "none"),
-        (_span_kernel, "spans", "block"),
-    ):
+    for transform in ("block", "shared", "none"):
         constants = launch.offline_constants("mxfp4", transform)
         constants |= {"RULE": "paper", "LOWEST": WINDOW[0], "HIGHEST": WINDOW[1]}
-        if what == "spans":
-            constants |= {"ROWS": 16, "BLOCKS": SPAN // 32}
-        own = {key: kind for key, kind in types.items() if key not in constants and key in kernel.arg_names}
+        own = {key: kind for key, kind in types.items() if key not in constants}
         patterns = ("cvt.rn.satfinite.e5m2x2", *(() if transform == "none" else ("mma",)))
-        yield Case(f"{what}, transform {transform}", kernel, own, constants, dict.fromkeys((90, 100, 120), patterns),
-                   odd=("flags",) if "flags" in own else ())  # fmt: skip
+        expects = dict.fromkeys((90, 100, 120), patterns)
+        yield Case(f"transform {transform}", _kernel, own, constants, expects, odd=("flags",))

@@ -6,7 +6,7 @@ A library's product gives each tile to one program; with few tiles most of the G
 columns, and the last one to finish adds their sums in a fixed order.
 
 Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(ceil(I / SPAN), M)`
-(`wush_kernels.fp8_operand.fp8_operand_spans`); weight `(O, I)` float8_e4m3fn in operand order with `w_scales` `(O,)`
+(`wush_kernels.fp8_spans`); weight `(O, I)` float8_e4m3fn in operand order with `w_scales` `(O,)`
 (`wush_kernels.encode.fp8_weight`); bias `(O,)`; the result `(M, O)`.
 """
 
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wush_kernels import fp8_operand
+from wush_kernels import fp8_spans
 from wush_kernels.offline import CAPABILITIES, Case
 from wush_kernels.split import finish, plan_splits, processors
 from wush_kernels.support import INTERPRETED, check_tensor, operator, require_support
@@ -26,7 +26,7 @@ from wush_kernels.workspace import workspace
 
 G = 32
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
-SPAN: tl.constexpr = tl.constexpr(fp8_operand.SPAN)
+SPAN: tl.constexpr = tl.constexpr(fp8_spans.SPAN)
 
 
 @triton.jit(do_not_specialize=["M"])  # as a constant, M = 1 would change how inputs are read
@@ -81,7 +81,7 @@ def matmul_fp8_copy(
         raise ValueError(f"matmul_fp8_copy: I = {features} is no multiple of the group size {G}")
     if dtype not in OUTPUTS:
         raise TypeError(f"matmul_fp8_copy: dtype {dtype}, where bfloat16, float16 or float32 is needed")
-    spans = triton.cdiv(features, fp8_operand.SPAN)
+    spans = triton.cdiv(features, fp8_spans.SPAN)
     check_tensor(a, "matmul_fp8_copy: a", (torch.float8_e5m2,), (rows, features), a.device)
     check_tensor(a_scales, "matmul_fp8_copy: a_scales", (torch.float32,), (spans, rows), a.device)
     check_tensor(weight, "matmul_fp8_copy: weight", (torch.float8_e4m3fn,), (outputs, features), a.device)
@@ -157,7 +157,7 @@ def reference_matmul_fp8_copy(
     a: Tensor, a_scales: Tensor, weight: Tensor, w_scales: Tensor, alpha: float, bias: Tensor | None = None
 ) -> Tensor:
     """The product in float64, `(M, O)`, of the same operands."""
-    spread = a_scales.double().T.repeat_interleave(fp8_operand.SPAN, -1)[:, : a.shape[1]]
+    spread = a_scales.double().T.repeat_interleave(fp8_spans.SPAN, -1)[:, : a.shape[1]]
     y = (a.double() * spread) @ weight.double().T * w_scales.double() * alpha
     return y if bias is None else y + bias.double()
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import wush
 from wush_kernels.encode import DECODE_WINDOW, exponents, fp8_weight, words
-from wush_kernels.fp8_operand import fp8_operand_spans
+from wush_kernels.fp8_spans import fp8_spans
 from wush_kernels.half_operand import half_operand
 from wush_kernels.matmul_fp8 import SUMS_BOUND, matmul_fp8, reference_matmul_fp8
 from wush_kernels.matmul_fp8_copy import matmul_fp8_copy, reference_matmul_fp8_copy
@@ -30,12 +30,12 @@ def operands(
 def fp8(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     packed, scales = quantize(weight, wush.MXFP4)
     rows = exponents(packed, scales, *DECODE_WINDOW)
-    return *fp8_operand_spans(x, wush.MXFP4), packed, rows.relative, rows.row_scales
+    return *fp8_spans(x, wush.MXFP4), packed, rows.relative, rows.row_scales
 
 
 def copied(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     made = fp8_weight(*quantize(weight, wush.MXFP4))
-    return *fp8_operand_spans(x, wush.MXFP4), made.bytes, made.row_scales
+    return *fp8_spans(x, wush.MXFP4), made.bytes, made.row_scales
 
 
 def half(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

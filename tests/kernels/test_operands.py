@@ -7,7 +7,8 @@ import torch
 
 import wush
 from wush_kernels.dequantize import operand_order
-from wush_kernels.fp8_operand import SPAN, fp8_operand, fp8_operand_spans, reference_fp8_operand
+from wush_kernels.fp8_operand import fp8_operand, reference_fp8_operand
+from wush_kernels.fp8_spans import SPAN, fp8_spans
 from wush_kernels.half_operand import half_operand, reference_half_operand
 from wush_kernels.workspace import flushed_groups
 
@@ -55,7 +56,7 @@ def test_spans_outside_the_fp8_window_get_their_own_scale_and_stay_exact(
     x[-1, -40:] *= 2.0**20
     matrix = torch.eye(32, device=device).repeat(x.shape[1] // 32, 1, 1).bfloat16() * 2
     given = {"none": None, "block": matrix, "shared": matrix[0]}[transform]
-    operand, scales = fp8_operand_spans(x, wush.MXFP4, given)
+    operand, scales = fp8_spans(x, wush.MXFP4, given)
     reference, reference_scales = reference_fp8_operand(x, wush.MXFP4, given, SPAN)
     assert torch.equal(scales, reference_scales)
     assert torch.equal(operand.float(), reference.float())
@@ -65,7 +66,7 @@ def test_spans_outside_the_fp8_window_get_their_own_scale_and_stay_exact(
     assert (scales != 1).nonzero().tolist() == [[0, 0], [2, rows - 1]]
 
 
-@pytest.mark.parametrize("operand", [fp8_operand, fp8_operand_spans])
+@pytest.mark.parametrize("operand", [fp8_operand, fp8_spans])
 def test_groups_too_small_for_the_window_are_counted(
     operand: Callable[..., object], device: torch.device, generator: torch.Generator
 ) -> None:
@@ -90,7 +91,7 @@ def test_a_non_finite_group_is_nan_and_no_other(bad: float, device: torch.device
     hit = torch.zeros(3, 96, dtype=torch.bool, device=device)
     hit[1, 32:64] = True
     assert torch.equal(fp8_operand(x, wush.MXFP4)[0].float().isnan(), hit)
-    assert torch.equal(fp8_operand_spans(x, wush.MXFP4)[0].float().isnan(), hit)
+    assert torch.equal(fp8_spans(x, wush.MXFP4)[0].float().isnan(), hit)
     assert torch.equal(half_operand(x, wush.MXFP4).float().isnan(), hit)
 
 
@@ -118,7 +119,7 @@ def test_values_that_are_not_exact_are_refused(device: torch.device) -> None:
     x = torch.ones(2, 64, device=device)
     with pytest.raises(ValueError, match="nvfp4 values are no FP8 numbers; use half_operand"):
         fp8_operand(x, wush.NVFP4)
-    with pytest.raises(ValueError, match="fp8_operand_spans: nvfp4 values are no FP8 numbers; use half_operand"):
-        fp8_operand_spans(x, wush.NVFP4)
+    with pytest.raises(ValueError, match="fp8_spans: nvfp4 values are no FP8 numbers; use half_operand"):
+        fp8_spans(x, wush.NVFP4)
     with pytest.raises(ValueError, match="int4 values are not exact in bfloat16"):
         half_operand(x, wush.INT4)
