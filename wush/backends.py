@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from wush.formats import INT4, MXFP4, MXFP8, NVFP4, Format, Int4, Mxfp4, Nvfp4
 from wush.operands import (
     PRODUCTS,
+    How,
     Operands,
     Weight,
     bits_of,
@@ -214,7 +215,7 @@ def _try_scaled_fp4(device: torch.device, fmt: Format) -> None:
 # Running
 
 
-def linear(x: Tensor, weight: Weight, kernels: Kernels = "auto", keep: bool = True) -> Tensor:
+def linear(x: Tensor, weight: Weight, kernels: Kernels = "auto", keep: bool = True, fast: bool = False) -> Tensor:
     """`Q(T x) W_q^T + bias`, `(..., O)` in x's dtype, for x `(..., I)`.
 
     A row of x with NaN or infinity gives a row of NaN, and no error. `keep`: whether copies of the whole weight that a
@@ -222,13 +223,13 @@ def linear(x: Tensor, weight: Weight, kernels: Kernels = "auto", keep: bool = Tr
     """
     fmt = weight.format
     if not torch.compiler.is_compiling():
-        return _run(x, weight, kernels, keep)
+        return _run(x, weight, kernels, keep, fast)
     if _known(fmt):
         return torch.ops.wush.linear(
             x, weight.packed, bits_of(weight.scales), weight.transform, weight.bias, fmt.name, fmt.scale_rule,
-            weight.global_scale, kernels, keep,
+            weight.global_scale, kernels, keep, fast,
         )  # fmt: skip
-    return torch_product(x, weight, Operands(), "torch", keep)
+    return torch_product(x, weight, Operands(), How("torch"))
 
 
 def _known(fmt: Format) -> bool:
@@ -247,10 +248,11 @@ def _linear(
     global_scale: float,
     kernels: str,
     keep: bool,
+    fast: bool,
 ) -> Tensor:
     fmt = BUILT_IN[name, scale_rule]
     weight = Weight(fmt, packed, scales.view(fmt.scale_dtype), global_scale, transform, bias)
-    return _run(x, weight, kernels, keep)  # type: ignore[arg-type]
+    return _run(x, weight, kernels, keep, fast)  # type: ignore[arg-type]
 
 
 @_linear.register_fake
@@ -265,17 +267,18 @@ def _(
     global_scale: float,
     kernels: str,
     keep: bool,
+    fast: bool,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-def _run(x: Tensor, weight: Weight, kernels: Kernels, keep: bool) -> Tensor:
+def _run(x: Tensor, weight: Weight, kernels: Kernels, keep: bool, fast: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if not len(rows):
         return x.new_empty(*x.shape[:-1], len(weight.packed))
     operands = operands_of(weight)
     choice = _choice(weight, operands, len(rows), x.dtype, kernels)
-    product = PRODUCTS[choice.matmul](rows, weight, operands, choice.quantize, keep)
+    product = PRODUCTS[choice.matmul](rows, weight, operands, How(choice.quantize, keep, fast))
     return product.view(*x.shape[:-1], product.shape[-1])
 
 
@@ -307,16 +310,20 @@ def _chosen(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, k
 # Settings and records
 
 
-def use_kernels(model: nn.Module, kernels: Kernels = "auto", keep_operands: bool = True) -> nn.Module:
+def use_kernels(
+    model: nn.Module, kernels: Kernels = "auto", keep_operands: bool = True, fast_accumulation: bool = False
+) -> nn.Module:
     """Set the kernels of every `QuantLinear` of a model; the same model.
 
     `keep_operands`: whether copies of weights that products with many tokens need are kept (1 byte a weight for MXFP4,
     2 for other formats); False makes them anew in every forward, in memory that all layers share.
+    `fast_accumulation`: whether torch's FP8 matmul may leave its sums in the tensor core's accumulator, of about 22
+    bits: faster, but long sums lose, up to a quarter of one of 28,672 values of one sign.
     """
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(get_args(Kernels))}")
     for _, layer in _layers(model):
-        layer.kernels, layer.keep_operands = kernels, keep_operands
+        layer.kernels, layer.keep_operands, layer.fast_accumulation = kernels, keep_operands, fast_accumulation
     return model
 
 

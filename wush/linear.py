@@ -42,7 +42,7 @@ class QuantLinear(nn.Module):
         self.format = fmt
         self.name = name
         self.kernels = kernels
-        self.keep_operands = True
+        self.keep_operands, self.fast_accumulation = True, False
         self.joint: Joint | None = None
         self.joint_index = 0
         self.not_joined = ""
@@ -80,7 +80,7 @@ class QuantLinear(nn.Module):
         self._check(x)
         if self.joint is not None:
             return self.joint.output(x, self)
-        return linear(x, self.own, self.kernels, self.keep_operands)
+        return linear(x, self.own, self.kernels, self.keep_operands, self.fast_accumulation)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

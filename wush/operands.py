@@ -53,6 +53,17 @@ def _kept_byte_values(fmt: Format, device: torch.device) -> Tensor:
     return fmt.byte_values(device)
 
 
+@dataclass(frozen=True)
+class How:
+    """What quantizes the input (`torch`, `triton`), whether copies of the weight are kept, and whether FP8 sums may be
+    accumulated fast.
+    """
+
+    quantizer: str
+    keep: bool = True
+    fast: bool = False
+
+
 class Operands:
     """What fast matmuls need of a weight beside its codes, each made when it is first needed."""
 
@@ -134,9 +145,9 @@ def _version(tensor: Tensor) -> int:
 # Products: x `(M, I)` to `(M, O)` in x's dtype
 
 
-def torch_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def torch_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """Float32 product of the dequantized operands: with `quantizer="torch"` the reference of all others."""
-    if quantizer == "torch":
+    if how.quantizer == "torch":
         values, matrix = weight.format.round_trip(_transformed(x, weight), checked=False), weight.values()
     else:
         from wush_kernels.dequantize import dequantize
@@ -151,7 +162,7 @@ def torch_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str,
     return product.to(x.dtype)
 
 
-def packed_fp8_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def packed_fp8_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """MXFP4 on FP8 tensor cores, the weight decoded in registers."""
     from wush_kernels.fp8_spans import fp8_spans
     from wush_kernels.matmul_fp8 import matmul_fp8
@@ -161,7 +172,7 @@ def packed_fp8_product(x: Tensor, weight: Weight, operands: Operands, quantizer:
     return matmul_fp8(a, a_scales, weight.packed, rows.relative, rows.row_scales, weight.alpha, weight.bias, x.dtype)
 
 
-def packed_half_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def packed_half_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """NVFP4 on FP16 tensor cores, the weight decoded in registers."""
     from wush_kernels.encode import words
     from wush_kernels.half_operand import half_operand
@@ -172,49 +183,55 @@ def packed_half_product(x: Tensor, weight: Weight, operands: Operands, quantizer
     return matmul_half(a, weight.packed, scales, weight.alpha, weight.bias, x.dtype)
 
 
-def fp8_copy_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def fp8_copy_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """MXFP4 on FP8 tensor cores by our kernel, with an E4M3 copy of the weight."""
     from wush_kernels.fp8_spans import fp8_spans
     from wush_kernels.matmul_fp8_copy import matmul_fp8_copy
 
     a, a_scales = fp8_spans(x, weight.format, weight.transform)
-    copy, row_scales = operands.fp8_copy(weight, keep)
+    copy, row_scales = operands.fp8_copy(weight, how.keep)
     return matmul_fp8_copy(a, a_scales, copy, row_scales, weight.alpha, weight.bias, x.dtype)
 
 
-def fp8_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
-    """MXFP4 by torch's row-wise scaled matmul: E5M2 inputs, an E4M3 copy of the weight, accurate accumulation."""
+def fp8_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
+    """MXFP4 by torch's row-wise scaled matmul: E5M2 inputs, an E4M3 copy of the weight."""
     from wush_kernels.fp8_operand import fp8_operand
 
-    copy, row_scales = operands.fp8_copy(weight, keep)
+    copy, row_scales = operands.fp8_copy(weight, how.keep)
     w_scales = operands.get("fp8 scales", lambda: (row_scales * weight.alpha)[None])
     a, a_scales = fp8_operand(x, weight.format, weight.transform)
-    return scaled_mm(a, a_scales[:, None], copy, w_scales, weight.bias, x.dtype)
+    return scaled_mm(a, a_scales[:, None], copy, w_scales, weight.bias, x.dtype, how.fast)
 
 
 def scaled_mm(
-    a: Tensor, a_scales: Tensor, weight: Tensor, w_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    a_scales: Tensor,
+    weight: Tensor,
+    w_scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fast: bool = False,
 ) -> Tensor:
     """`torch._scaled_mm` with a scale a row `(M, 1)` and a column `(1, O)`, and a bias in any dtype."""
     own = bias if bias is not None and bias.dtype == dtype and dtype != torch.float32 else None
     product = torch._scaled_mm(
-        a, weight.t(), scale_a=a_scales, scale_b=w_scales, bias=own, out_dtype=dtype, use_fast_accum=False
+        a, weight.t(), scale_a=a_scales, scale_b=w_scales, bias=own, out_dtype=dtype, use_fast_accum=fast
     )
     return product if bias is None or own is not None else (product + bias).to(dtype)
 
 
-def half_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def half_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """Exact BF16 operands by cuBLAS; any format whose values are BF16 numbers."""
     fmt = weight.format
-    if quantizer == "torch":
+    if how.quantizer == "torch":
         a = _half(_transformed(x, weight), fmt)
-        copy = operands.get("half, natural order", lambda: _natural_half_weight(weight), keep)
+        copy = operands.get("half, natural order", lambda: _natural_half_weight(weight), how.keep)
     else:
         from wush_kernels.dequantize import half_weight
         from wush_kernels.half_operand import half_operand
 
         a = half_operand(x, fmt, weight.transform)
-        copy = operands.get("half", lambda: half_weight(weight.packed, weight.scales, fmt), keep)
+        copy = operands.get("half", lambda: half_weight(weight.packed, weight.scales, fmt), how.keep)
     bias = weight.bias
     if x.dtype == torch.bfloat16 and x.is_cuda and (bias is None or bias.dtype == x.dtype):
         start, beta = (a.new_empty(1), 0) if bias is None else (bias, 1)
@@ -224,7 +241,7 @@ def half_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, 
     return (product if bias is None else product + bias).to(x.dtype)
 
 
-def dot_scaled_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def dot_scaled_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """MXFP4 or NVFP4 on Blackwell's FP4 tensor cores, by our kernel."""
     from wush_kernels.matmul_blackwell import matmul_dot_scaled
     from wush_kernels.quantize import quantize
@@ -235,7 +252,7 @@ def dot_scaled_product(x: Tensor, weight: Weight, operands: Operands, quantizer:
     )
 
 
-def fp4_product(x: Tensor, weight: Weight, operands: Operands, quantizer: str, keep: bool) -> Tensor:
+def fp4_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """MXFP4 or NVFP4 on Blackwell's FP4 tensor cores, by torch's scaled matmul with float32 output."""
     from wush_kernels.matmul_blackwell import swizzle_scales
     from wush_kernels.quantize import quantize
@@ -277,7 +294,7 @@ def _natural_half_weight(weight: Weight) -> Tensor:
     return Weight(weight.format, weight.packed, weight.scales, 1.0, None, None).values().bfloat16()
 
 
-PRODUCTS: dict[str, Callable[[Tensor, Weight, Operands, str, bool], Tensor]] = {
+PRODUCTS: dict[str, Callable[[Tensor, Weight, Operands, How], Tensor]] = {
     "torch": torch_product,
     "matmul_fp8": packed_fp8_product,
     "matmul_fp8_copy": fp8_copy_product,

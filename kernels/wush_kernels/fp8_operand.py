@@ -155,7 +155,7 @@ def check(x: Tensor, fmt: FormatSpec, transform: Tensor | None, kernel: str) -> 
 def reference_fp8_operand(
     x: Tensor, fmt: FormatSpec, transform: Tensor | None = None, span: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`fp8_operand` in plain PyTorch, of the codes of `reference_quantize`; with a `span`, scales `(ceil(I / span), M)`."""
+    """`fp8_operand` in plain PyTorch, of the codes of `reference_quantize`; with a `span` that of `fp8_spans`."""
     x, size = x.reshape(-1, x.shape[-1]), fmt.group_size
     codes, scales = reference_quantize(x, fmt, transform)
     per_span = len(scales[0]) if span is None else span // size

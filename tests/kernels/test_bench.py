@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from rich.console import Console
 from wush import backends
 from wush_kernels.bench import __main__ as command
 from wush_kernels.bench import operands, promises, record, report, run, shapes
-from wush_kernels.bench.measurement import Ceilings, Errors, Measurement, Timing, Work, measurement_from
+from wush_kernels.bench.layers import NOT_KEPT
+from wush_kernels.bench.measurement import Ceilings, Errors, Measurement, Timing, Work, measurement_from, worst
 from wush_kernels.bench.timing import Effort
 
 CEILINGS = Ceilings(copy_gbs=2800.0, bf16_tflops=700.0, fp8_tflops=1400.0)
 ENVIRONMENT = {
     **{"gpu": "NVIDIA H100 80GB HBM3", "driver": "580.1", "cuda": "13.0", "torch": "2.11.0", "triton": "3.6.0"},
     **{"date": "2026-11-22T10:00:00+00:00", "git_commit": "0123456789abcdef", "git_changes": False},
+    "source_sha256": "ab" * 32,
 }
 
 
@@ -136,7 +140,16 @@ def test_errors_over_their_limit_and_nan_are_wrong() -> None:
     assert "relative error" in Errors(relative=5e-3, limit=4e-3).wrong()
     assert Errors(relative=math.nan, limit=4e-3).wrong()
     assert "mismatched" in Errors(mismatched=1e-9).wrong()
+    assert "relative error of the logits" in Errors(relative=5e-3, limit=4e-3, what="the logits").wrong()
     assert not Errors().wrong()
+    assert not Errors(limit=1.0).checked
+
+
+def test_the_worst_of_errors_is_the_largest_against_its_limit() -> None:
+    small, large = Errors(relative=8e-3, limit=1e-2), Errors(relative=1e-2, limit=2e-2)
+    assert worst([large, small, large]) is small
+    nan = Errors(relative=math.nan, limit=1e-2)
+    assert worst([small, nan, large]) is nan
 
 
 # Promises
@@ -145,11 +158,57 @@ PREFILL = "MXFP4 prefill, 8192 x 8192, M >= 256, layer"
 
 
 def test_the_worst_measurement_decides_a_promise() -> None:
-    met = outcome(made_record(layer(256, 1.9), layer(1024, 1.8)), PREFILL)
+    met = outcome(made_record(layer(256, 1.9), layer(1024, 1.8), layer(4096, 1.85)), PREFILL)
     assert (met.verdict, met.said) == ("met", "1.8x")
     missed = outcome(made_record(layer(256, 1.9), layer(4096, 1.6)), PREFILL)
     assert (missed.verdict, missed.said) == ("MISSED", "1.6x")
     assert "4096 x 8192 x 8192" in missed.where
+
+
+def test_without_all_that_it_needs_a_promise_is_not_met() -> None:
+    part = outcome(made_record(layer(256, 1.9), layer(1024, 1.8)), PREFILL)
+    assert (part.verdict, part.said, part.roofline) == ("in part", "1.8x", "2 of 3 measured")
+    assert outcome(made_record(layer(256, 1.6)), PREFILL).verdict == "MISSED"
+
+
+def needed(point: promises.Point) -> Measurement:
+    """What a promise needs, so fast that any is met."""
+    name, variant, tokens, outputs, features = point
+    sections = {"layer": "layers", "decoder block": "quantizer", "decode": "model", "prefill": "model"}
+    times = {"ours": timing(1.0), "bf16": timing(100.0), "addmm": timing(100.0)}
+    return Measurement(
+        *(sections.get(name, "kernels"), name, variant, tokens, outputs, features, Work(1e12)),
+        timings=times,
+        details={"decoder_blocks": 32},
+    )
+
+
+@pytest.mark.parametrize("promise", promises.PROMISES, ids=lambda promise: promise.name)
+def test_no_promise_is_met_without_each_of_its_measurements(promise: promises.Promise) -> None:
+    everything = [needed(point) for point in sorted(promise.needs)]
+    assert outcome(made_record(*everything), promise.name).verdict == "met"
+    for left_out in range(min(4, len(everything))):
+        rest = everything[:left_out] + everything[left_out + 1 :]
+        assert outcome(made_record(*rest), promise.name).verdict in ("in part", "not measured")
+    failed = [*everything[1:], dataclasses.replace(everything[0], failure="wrong: relative error")]
+    assert outcome(made_record(*failed), promise.name).verdict == "FAILED"
+    slow_times = {"ours": timing(1e12), "bf16": timing(5e11), "addmm": timing(5e11)}
+    slow = dataclasses.replace(everything[-1], timings=slow_times)
+    assert outcome(made_record(*everything[:-1], slow), promise.name).verdict == "MISSED"
+
+
+def test_a_ratio_that_is_no_number_fails_its_promise() -> None:
+    bad = dataclasses.replace(layer(1024, 1.9), timings={"ours": timing(20.0), "bf16": timing(math.nan)})
+    assert outcome(made_record(layer(256, 1.9), bad, layer(4096, 1.9)), PREFILL).verdict == "FAILED"
+
+
+def test_layers_that_keep_no_copies_are_shown_and_not_promised() -> None:
+    found = made_record(layer(4096, 0.5, (28672, 4096), NOT_KEPT))
+    assert {one.verdict for one in promises.outcomes(found)} == {"not measured"}
+    assert not promises.slow_layers(found)
+    shown = report.markdown(found)
+    assert "MXFP4 layers, no copies, ratio to BF16" in shown
+    assert "| llama3_1_8b | gate+up | 28672 x 4096 | 0.50 |" in shown
 
 
 def test_a_missed_promise_says_what_the_roofline_allows() -> None:
@@ -176,10 +235,10 @@ def test_a_time_is_to_be_at_most_its_bound() -> None:
 
 def test_a_model_of_few_blocks_keeps_no_promise() -> None:
     whole = full_record().of("model")[0]
-    name = "8B-shaped model, decode, batch 1"
+    name = "8B-shaped model, compiled, decode, batch 1"
     assert outcome(made_record(whole), name).said == "2.4x"
-    part = dataclasses.replace(whole, details={"decoder_blocks": 2})
-    assert outcome(made_record(part), name).verdict == "not measured"
+    for other in ({"details": {"decoder_blocks": 2}}, {"variant": "mxfp4 as is"}):
+        assert outcome(made_record(dataclasses.replace(whole, **other)), name).verdict == "not measured"
 
 
 def test_layers_slower_than_bf16_are_listed_slowest_first() -> None:
@@ -187,6 +246,14 @@ def test_layers_slower_than_bf16_are_listed_slowest_first() -> None:
     assert [one.tokens for one in promises.slow_layers(found)] == [128, 64]
     shown = text_of(report.promised(found))
     assert "slower than BF16 by more than 5%: 2" in shown
+    wrong = dataclasses.replace(layer(256, 3.0), failure="wrong: relative error")
+    assert [one.tokens for one in promises.slow_layers(made_record(layer(64, 0.5), wrong))] == [256, 64]
+
+
+def test_lists_say_how_much_they_leave_out() -> None:
+    found = made_record(*(dataclasses.replace(layer(tokens, 0.5), failure="no") for tokens in range(1, 24)))
+    assert text_of(report.promised(found)).count("and 3 more") == 1
+    assert text_of(report.summary(found)).count("and 3 more") == 2
 
 
 def test_every_promise_has_a_name_of_its_own_and_a_measurement_it_can_be_about() -> None:
@@ -227,6 +294,66 @@ def test_the_default_name_is_of_the_gpu_and_day_and_not_taken(tmp_path: Path, mo
     assert record.default_path(ENVIRONMENT, quick=False) == tmp_path / "nvidia-h100-80gb-hbm3-2026-11-22-2.json"
 
 
+def package(folder: Path, **modules: str) -> Path:
+    for name, text in modules.items():
+        path = folder / "measured_sources" / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_the_sources_hash_is_of_paths_and_contents_and_not_of_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "MEASURED", ("measured_sources",))
+    variants = {"one": {"a": "x", "b": "y"}, "same": {"b": "y", "a": "x"}, "content": {"a": "x", "b": "z"}}
+    variants |= {"path": {"a": "x", "c": "y"}, "border": {"a": "xy", "b": ""}, "folder": {"a": "x", "b__b": "y"}}
+    found = {}
+    for name, modules in variants.items():
+        with monkeypatch.context() as one:
+            one.syspath_prepend(package(tmp_path / name, **modules))
+            found[name] = record.source_sha256()
+    assert found.pop("same") == found["one"]
+    assert len(set(found.values())) == 5
+    with pytest.raises(ModuleNotFoundError, match="measured_sources"):
+        record.source_sha256()
+
+
+def test_the_sources_that_are_measured_are_the_method_and_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = record.source_sha256()
+    for package in ("wush", "wush_kernels"):
+        monkeypatch.setattr(record, "MEASURED", (package,))
+        assert len(record.source_sha256()) == 64
+        assert record.source_sha256() != whole
+    assert f"sources {'ab' * 8}\n" in f"{report.header(made_record())}\n"
+    old = dataclasses.replace(made_record(), environment=ENVIRONMENT | {"source_sha256": None, "git_commit": None})
+    assert "commit unknown, sources unknown" in report.header(old)
+
+
+def test_without_git_commit_and_changes_are_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = types.SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=1, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    answers = {"rev-parse": "0123", "status": " M a.py", "--query-gpu=driver_version": "1"}
+    monkeypatch.setattr(record, "_said", lambda *command: next(answers[word] for word in command if word in answers))
+    found = record.describe_environment()
+    assert (found["git_commit"], found["git_changes"]) == ("0123", True)
+    assert found["source_sha256"] == record.source_sha256()
+    answers["status"] = ""
+    assert record.describe_environment()["git_changes"] is False
+    monkeypatch.setattr(record, "CHECKOUT", tmp_path)
+    found = record.describe_environment()
+    assert (found["git_commit"], found["git_changes"]) == (None, None)
+
+
+def test_a_wrong_result_sets_no_ceiling() -> None:
+    fast = dataclasses.replace(layer(16, 2.5), timings={"ours": timing(0.01)})
+    found, failed = made_record(fast), made_record(dataclasses.replace(fast, failure="wrong: relative error"))
+    found.settle()
+    failed.settle()
+    assert found.ceilings.read_gbs > 1e5
+    assert failed.ceilings.read_gbs == 0
+
+
 # Tables and plot
 
 
@@ -234,7 +361,10 @@ def test_tables_fit_100_columns() -> None:
     found = full_record()
     broken = dataclasses.replace(layer(4096, 1.0, (57344, 8192)), timings={}, failure="RuntimeError: it broke")
     wide = layer(4096, 123.45, (57344, 8192))
-    shown = text_of([*report.lines("layers", [*found.measurements, broken, wide]), *report.summary(found)])
+    not_kept = dataclasses.replace(layer(4096, 1.23, (28672, 4096), NOT_KEPT), timings={"ours": timing(1234.5)})
+    found.measurements.append(not_kept)
+    shown = text_of([*report.lines("layers", [*full_record().measurements, broken, wide]), *report.summary(found)])
+    shown += text_of(report.lines("layers", [not_kept]))
     assert "…" not in shown
     assert max(len(line.rstrip()) for line in shown.splitlines() if "floor" not in line) <= report.WIDTH
     assert "RuntimeError: it broke" in shown
@@ -253,6 +383,34 @@ def test_markdown_holds_promises_ratios_and_the_model() -> None:
     assert "NVIDIA H100 80GB HBM3" in shown
 
 
+def test_a_failed_measurement_is_no_number_in_any_table() -> None:
+    wrong = dataclasses.replace(layer(16, 2.5), failure="wrong: relative error")
+    model = dataclasses.replace(full_record().of("model")[0], failure="wrong: relative error")
+    found = made_record(wrong, layer(64, 1.25), model)
+    assert "| llama3_1_70b | o | 8192 x 8192 | FAILED | 1.25 |" in report.markdown(found)
+    assert "| decode | compiled | 32 | - | - | FAILED |" in report.markdown(found)
+    shown = text_of([report.ratios(found, "mxfp4"), report.model_table(found)])
+    assert shown.count("FAILED") == 2
+    assert "2.50" not in shown
+
+
+def test_markdown_says_what_a_record_lacks() -> None:
+    whole = dataclasses.replace(full_record(), finished=True)
+    assert report.caveats(whole) == []
+    broken = dataclasses.replace(layer(16, 2.5), failure="no")
+    part = dataclasses.replace(made_record(broken), settings={"quick": True})
+    text = "The run did not come to its end; a quick run, of a few of each kind; 1 of 1 measurements failed."
+    assert text in report.markdown(part)
+
+
+def test_markdown_gives_a_reason_for_every_promise_that_is_not_met() -> None:
+    slow = needed(("decoder block", promises.REFIT, 0, 0, 0))
+    found = made_record(dataclasses.replace(slow, timings={"ours": timing(1.4e6)}), layer(256, 1.9))
+    shown = report.markdown(found)
+    assert "refitted: decoder block refit" in shown
+    assert f"- {PREFILL}: layer mxfp4 256 x 8192 x 8192: 1 of 3 measured" in shown
+
+
 def test_a_readme_takes_the_table_between_its_marks(tmp_path: Path) -> None:
     readme, path = tmp_path / "README.md", tmp_path / "one.json"
     record.save(full_record(), path, [])
@@ -266,19 +424,21 @@ def test_a_readme_takes_the_table_between_its_marks(tmp_path: Path) -> None:
 
 
 def test_the_readme_says_what_is_chosen() -> None:
-    text = (record.CHECKOUT / "kernels" / "README.md").read_text()
-    shape, limit = backends.Shape(4096, 4096), backends.DECODE_ROWS
-    for capability in ((8, 9), (9, 0)):
-        for name, fmt in operands.FORMATS.items():
-            for rows, band in ((limit[name], f"up to {limit[name]}"), (limit[name] + 1, "more")):
-                choice = backends.choose(fmt, backends.Machine(capability), rows, shape)
-                assert f"| 8.9, 9.0 | {name} | {band} | `{choice.matmul}` |" in text
+    lines = (record.CHECKOUT / "kernels" / "README.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    for capability, (name, fmt) in itertools.product(((8, 9), (9, 0)), operands.FORMATS.items()):
+        said = {row[-1] for row in table if f"{capability[0]}.{capability[1]}" in row[0].split(", ") and name in row[1]}
+        for rows, outputs in itertools.product((1, 33, 65, 300, 4096), (1024, 8192, 57344)):
+            choice = backends.choose(fmt, backends.Machine(capability), rows, backends.Shape(outputs, 4096))
+            assert any(f"`{choice.matmul}`" in cell for cell in said), (capability, name, rows, outputs)
 
 
 def test_the_plot_is_drawn_for_every_model(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from wush_kernels.bench.plot import plot
 
+    wrong = [dataclasses.replace(layer(one, 9.0, (8192, 28672)), failure="wrong") for one in (1, 4)]
+    plot(made_record(*wrong, layer(1, 2.0)), tmp_path / "ratio.png")
     plot(full_record(), tmp_path / "ratio.png")
     assert (tmp_path / "ratio.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no layers"):

@@ -11,17 +11,17 @@ import wush
 from tests.wush.test_backends import exact, layer
 from tests.wush.test_joint import Attention, apart, joined
 from wush import backends
+from wush.algorithms import QuantizedWeight
 from wush.backends import Kernels
 from wush.formats import Format
 from wush.models import load_random
+from wush_kernels.matmul_fp8 import SUMS_BOUND
 
 pytestmark = pytest.mark.gpu
 
 FORMATS = [wush.MXFP4, wush.Mxfp4("ocp"), wush.NVFP4, wush.Nvfp4("calibrated"), wush.INT4, wush.MXFP8]
 KERNELS = ["auto", "torch", "triton", "scaled_mm"]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-22}
-# FP8 tensor cores align products to about 14 bits before they are summed; the others sum in float32.
-ACCUMULATOR = 2.0**-12
 
 by_name = pytest.mark.parametrize("fmt", FORMATS, ids=[f"{fmt.name}-{fmt.scale_rule}" for fmt in FORMATS])
 by_kernels = pytest.mark.parametrize("kernels", KERNELS)
@@ -48,7 +48,7 @@ def assert_exact(ours: wush.QuantLinear, x: Tensor) -> None:
     error = (ours(x).double() - expected).abs()
     # With a bias the product may be rounded before it is added.
     size = expected.abs() if ours.bias is None else 2 * expected.abs() + ours.bias.abs().double()
-    alpha_bound = size * ROUNDING[x.dtype] + magnitude * ACCUMULATOR
+    alpha_bound = size * ROUNDING[x.dtype] + magnitude * SUMS_BOUND
     assert (error <= alpha_bound + 1e-6).all(), (error / (alpha_bound + 1e-6)).max()
 
 
@@ -75,6 +75,19 @@ def test_with_a_transform_few_outputs_differ(fmt: Format, kernels: Kernels, tran
         found = wush.use_kernels(ours, kernels)(x).float()
         # A code that falls to the other side of a tie moves its row's outputs by one step of one element.
         assert ((found - reference).norm() / reference.norm()) < 0.01
+
+
+def test_only_fast_accumulation_loses_long_sums() -> None:
+    weight = wush.MXFP4.quantize(torch.rand(256, 28672) + 0.5)
+    ours = wush.QuantLinear(QuantizedWeight(weight, None), wush.MXFP4).cuda()
+    x = (torch.rand(300, 28672) + 0.5).bfloat16().cuda()
+    expected, _ = exact(ours, x)
+    error = {}
+    for fast in (False, True):
+        y = wush.use_kernels(ours, "scaled_mm", fast_accumulation=fast)(x).double()
+        error[fast] = ((y - expected).abs() / expected).max().item()
+    assert error[False] <= ROUNDING[torch.bfloat16] + SUMS_BOUND
+    assert error[False] < error[True] < 0.5
 
 
 @by_kernels

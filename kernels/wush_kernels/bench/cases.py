@@ -56,7 +56,8 @@ def measure(section: str, case: Case, effort: Effort, ceilings: Ceilings) -> Mea
     except Exception as error:  # a failing kernel is a line with its error, and the others are still measured
         free()
         return dataclasses.replace(line, failure=one_line(error))
-    failure = failures.pop(OURS, "") or errors.wrong()
+    unchecked = "" if errors.checked else "its result was compared with nothing"
+    failure = failures.pop(OURS, "") or errors.wrong() or unchecked
     details = case.details | ({"failed_baselines": failures} if failures else {})
     return dataclasses.replace(
         line, timings=timings, errors=errors, path=prepared.path, failure=failure, details=details

@@ -4,49 +4,64 @@ Kernels are imported where they are measured, so that one that cannot be importe
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from wush.formats import Format
 from wush.transforms import apply_blocks
 from wush_kernels.bench import operands, products
 from wush_kernels.bench.cases import ROUNDED, Case, Prepared, inputs_for
 from wush_kernels.bench.measurement import ADDMM, OURS, Errors, Work
-from wush_kernels.bench.operands import FORMATS, FourBit
+from wush_kernels.bench.operands import FORMATS, OTHER_FORMATS
 from wush_kernels.bench.timing import Effort
 
 Kernel = Callable[..., Any]
 SIZES = ((1024, 4096), (8192, 8192), (4096, 14336))
 TIES = 1e-4  # share of codes that may differ: a transform's sums are in another order, and a tie falls elsewhere
 SUMMED = 1e-3  # of a long float32 sum on tensor cores
+KINDS = ("block", "shared", "none")
+SWEPT_ROWS = (4096, 14336)
 
 
 def cases(effort: Effort, quick: bool) -> Iterator[Case]:
     """All of them, or a few of each kind."""
     sizes: Sequence[tuple[int, int]] = SIZES[:2] if quick else SIZES
-    kinds = ("block", "none") if quick else ("block", "shared", "none")
-    formats = tuple(FORMATS.values())
+    kinds = ("block", "none") if quick else KINDS
+    formats: tuple[Format, ...] = tuple(FORMATS.values())
+    few, others = SIZES[: 1 if quick else 2], tuple(OTHER_FORMATS.values())
     for fmt, kind, size in product(formats, kinds, sizes):
+        yield _quantize(*size, fmt, kind, effort)
+    for fmt, kind, size in product(others, ("block", "none"), few):
         yield _quantize(*size, fmt, kind, effort)
     for kind, size in product(kinds, sizes):
         yield _fp8_operand(*size, kind, effort)
+    for kind, size in product(("block", "none"), few):
+        yield _fp8_spans(*size, kind, effort)
     for kind, size in product(kinds, sizes):
-        yield _half_operand(*size, kind, effort)
+        yield _half_operand(*size, FORMATS["nvfp4"], torch.float16, kind, effort)
+    for fmt, kind, size in product(formats, ("block", "none"), few):
+        yield _half_operand(*size, fmt, torch.bfloat16, kind, effort)
     for size in sizes:
         yield _block_transform(*size, effort)
-    for fmt, size in product(formats, sizes):
+    for fmt, size in (*product(formats, sizes), *product(others, few)):
         yield _dequantize(*size, fmt, effort)
+    for fmt, size in product((*formats, OTHER_FORMATS["mxfp8"]), few):
+        yield _half_weight(*size, fmt, effort)
     for size in sizes:
         yield _encode(*size, effort)
     yield from products.cases(effort, quick)
     for size in sizes[1:]:
         yield _second_moment(*size, effort)
+    for rows in SWEPT_ROWS[: 1 if quick else 2]:
+        yield _gptq_sweep(rows, FORMATS["mxfp4"], effort)
 
 
-def _quantize(tokens: int, features: int, fmt: FourBit, kind: str, effort: Effort) -> Case:
+def _quantize(tokens: int, features: int, fmt: Format, kind: str, effort: Effort) -> Case:
     def prepare() -> Prepared:
         from wush_kernels.quantize import quantize
 
@@ -77,19 +92,35 @@ def _fp8_operand(tokens: int, features: int, kind: str, effort: Effort) -> Case:
     return _operand("fp8_operand", FORMATS["mxfp4"], tokens, features, kind, 1.0, load, effort)
 
 
-def _half_operand(tokens: int, features: int, kind: str, effort: Effort) -> Case:
+def _fp8_spans(tokens: int, features: int, kind: str, effort: Effort) -> Case:
+    def load() -> tuple[Kernel, Callable[[Any], Tensor]]:
+        from wush_kernels.dequantize import natural_order
+        from wush_kernels.fp8_spans import SPAN, fp8_spans
+
+        def values(made: tuple[Tensor, Tensor]) -> Tensor:
+            return natural_order(made[0].float(), 32) * made[1].T.repeat_interleave(SPAN, -1)[:, :features]
+
+        return fp8_spans, values
+
+    return _operand("fp8_spans", FORMATS["mxfp4"], tokens, features, kind, 1.0, load, effort)
+
+
+def _half_operand(tokens: int, features: int, fmt: Format, dtype: torch.dtype, kind: str, effort: Effort) -> Case:
+    shift = 2.0**7 if dtype == torch.float16 else 1.0
+
     def load() -> tuple[Kernel, Callable[[Any], Tensor]]:
         from wush_kernels.dequantize import natural_order
         from wush_kernels.half_operand import half_operand
 
-        return partial(half_operand, dtype=torch.float16), lambda made: natural_order(made.float(), 16) * 2.0**7
+        return partial(half_operand, dtype=dtype), lambda made: natural_order(made.float(), fmt.group_size) * shift
 
-    return _operand("half_operand", FORMATS["nvfp4"], tokens, features, kind, 2.0, load, effort)
+    made = _operand("half_operand", fmt, tokens, features, kind, 2.0, load, effort)
+    return replace(made, variant=f"{made.variant} {'fp16' if dtype == torch.float16 else 'bf16'}")
 
 
 def _operand(
     name: str,
-    fmt: FourBit,
+    fmt: Format,
     tokens: int,
     features: int,
     kind: str,
@@ -135,7 +166,7 @@ def _block_transform(tokens: int, features: int, effort: Effort) -> Case:
     return Case("block_transform", "bf16", tokens, 0, features, work, prepare)
 
 
-def _dequantize(rows: int, features: int, fmt: FourBit, effort: Effort) -> Case:
+def _dequantize(rows: int, features: int, fmt: Format, effort: Effort) -> Case:
     def prepare() -> Prepared:
         from wush_kernels.dequantize import dequantize
 
@@ -152,6 +183,22 @@ def _dequantize(rows: int, features: int, fmt: FourBit, effort: Effort) -> Case:
 
     work = Work(operands.packed_bytes(fmt, rows, features) + 2 * rows * features)
     return Case("dequantize", f"{fmt.name} to bf16", rows, 0, features, work, prepare)
+
+
+def _half_weight(rows: int, features: int, fmt: Format, effort: Effort) -> Case:
+    def prepare() -> Prepared:
+        from wush_kernels.dequantize import half_weight, natural_order
+
+        def check() -> Errors:
+            packed, scales = operands.packed(fmt, rows, features)
+            found = natural_order(half_weight(packed, scales, fmt).float(), fmt.group_size)
+            return operands.mismatched([(found, operands.values(fmt, packed, scales, 1.0))])
+
+        copies = _packed_copies(fmt, rows, features, effort)
+        return Prepared({OURS: [partial(half_weight, codes, scales, fmt) for codes, scales in copies]}, check)
+
+    work = Work(operands.packed_bytes(fmt, rows, features) + 2 * rows * features)
+    return Case("half_weight", f"{fmt.name} to bf16", rows, 0, features, work, prepare)
 
 
 def _encode(rows: int, features: int, effort: Effort) -> Case:
@@ -195,16 +242,60 @@ def _second_moment(tokens: int, features: int, effort: Effort) -> Case:
     return Case("second_moment", "bf16", tokens, 0, features, work, prepare)
 
 
+def _gptq_sweep(rows: int, fmt: Format, effort: Effort) -> Case:
+    """One block of columns. Its bytes are the block, its codes, scales and errors; its float64 operations more."""
+    size = fmt.group_size
+    moved = rows * (size * (8 + 1 + 8) + fmt.scale_dtype.itemsize)
+
+    def prepare() -> Prepared:
+        from wush_kernels.gptq_sweep import gptq_sweep, reference_gptq_sweep
+
+        matrices = _sweep_matrices(fmt)
+
+        def problem(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            block = operands.weight(count, size).double()
+            codes = torch.empty(count, size, dtype=torch.uint8, device=operands.DEVICE)
+            scales = torch.empty(count, 1, dtype=fmt.scale_dtype, device=operands.DEVICE)
+            return block, codes, scales, torch.empty_like(block)
+
+        def check() -> Errors:
+            block, codes, scales, errors = problem(min(rows, operands.CHECKED_FEATURES))
+            gptq_sweep(block, *matrices, fmt, codes, scales, errors)
+            expected = reference_gptq_sweep(block, *matrices, cast(Any, fmt))
+            found = operands.mismatched([(codes, expected[0]), (scales, expected[1])], TIES)
+            same = (codes == expected[0]).all(1)  # after a code that a tie decides otherwise the rest of a row differs
+            if not same.any():
+                return found
+            return replace(found, relative=operands.compare(errors[same], expected[2][same], TIES).relative)
+
+        def call(block: Tensor, codes: Tensor, scales: Tensor, errors: Tensor) -> None:
+            gptq_sweep(block, *matrices, fmt, codes, scales, errors)
+
+        return Prepared({OURS: [partial(call, *problem(rows)) for _ in range(effort.copies(moved))]}, check)
+
+    return Case("gptq_sweep", f"{fmt.name} float64", rows, 0, size, Work(moved), prepare)
+
+
+def _sweep_matrices(fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
+    """A transform's inverse, a unit lower factor and a full matrix `(G, G)` float64, as GPTQ makes of a moment."""
+    size = fmt.group_size
+    inverse = operands.transform(fmt, size, "shared")
+    assert inverse is not None
+    sample = operands.activations(8 * size, size).double()
+    factor = torch.linalg.cholesky(sample.T @ sample / len(sample))
+    return inverse.double(), factor / factor.diagonal(), factor.T.contiguous()
+
+
 def _cold_inputs(tokens: int, features: int, effort: Effort) -> list[Tensor]:
     return inputs_for(effort.copies(2 * tokens * features), tokens, features, effort)
 
 
-def _packed_copies(fmt: FourBit, outputs: int, features: int, effort: Effort) -> list[tuple[Tensor, Tensor]]:
+def _packed_copies(fmt: Format, outputs: int, features: int, effort: Effort) -> list[tuple[Tensor, Tensor]]:
     count = effort.copies(operands.packed_bytes(fmt, outputs, features))
     return [operands.packed(fmt, outputs, features) for _ in range(count)]
 
 
-def _quantizing(tokens: int, features: int, fmt: FourBit, kind: str, bytes_written: float) -> Work:
+def _quantizing(tokens: int, features: int, fmt: Format, kind: str, bytes_written: float) -> Work:
     """Of a pass over `(M, I)` bfloat16: the transform is read once, and its product is 2 G operations an element."""
     groups = {"block": features // fmt.group_size, "shared": 1, "none": 0}[kind]
     moved = tokens * features * (2 + bytes_written) + 2 * groups * fmt.group_size**2

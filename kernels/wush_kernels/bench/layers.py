@@ -5,6 +5,7 @@ joined and apart. BF16 is `nn.Linear`'s product; FP8 is `torch._scaled_mm` alone
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -21,11 +22,13 @@ from wush_kernels.bench.timing import Effort
 
 QUICK_TOKENS = (1, 64, 1024)
 LIMIT = 1e-2  # relative error in bfloat16; a code that a tie decides otherwise moves a result by more than rounding
+NOT_KEPT = "mxfp4, no copies"  # the memory-saving mode, where products need copies of the weight
+NOT_KEPT_FOR, NOT_KEPT_TOKENS = "llama3_1_8b gate+up", (1024, 4096)
 RATES: dict[str, Rate] = {"mxfp4": "fp8", "nvfp4": "bf16"}  # the tensor cores that hold its values exactly
 
 
 def cases(models: Sequence[str], effort: Effort, quick: bool) -> Iterator[Case]:
-    """Both formats of every different linear of the models, at every number of tokens."""
+    """Both formats of every different linear of the models, at every number of tokens; one without kept copies."""
     shapes = layer_shapes(models)
     for shape in shapes[:2] if quick else shapes:
         baselines = Baselines(shape.out_features, shape.in_features, effort)
@@ -33,13 +36,17 @@ def cases(models: Sequence[str], effort: Effort, quick: bool) -> Iterator[Case]:
             layers = Layers(fmt, shape, effort)
             for tokens in QUICK_TOKENS if quick else TOKENS:
                 yield _case(layers, tokens, baselines)
+        if NOT_KEPT_FOR in shape.used_by and not quick:
+            layers = Layers(FORMATS["mxfp4"], shape, effort, keep=False)
+            for tokens in NOT_KEPT_TOKENS:
+                yield replace(_case(layers, tokens, baselines), variant=NOT_KEPT)
 
 
 class Layers:
-    """Copies of one layer with random weights."""
+    """Copies of one layer with random weights; `keep`: whether they keep what products need of a whole weight."""
 
-    def __init__(self, fmt: FourBit, shape: LayerShape, effort: Effort) -> None:
-        self.format, self.shape, self.effort = fmt, shape, effort
+    def __init__(self, fmt: FourBit, shape: LayerShape, effort: Effort, keep: bool = True) -> None:
+        self.format, self.shape, self.effort, self.keep = fmt, shape, effort, keep
         self.weight_bytes = operands.packed_bytes(fmt, shape.out_features, shape.in_features)
 
     @cached_property
@@ -48,7 +55,7 @@ class Layers:
         count, sizes = self.effort.copies(self.weight_bytes), (self.shape.out_features, self.shape.in_features)
         matrix = operands.transform(self.format, self.shape.in_features)
         layers = nn.ModuleList(operands.layer(self.format, *sizes, matrix) for _ in range(count))
-        use_kernels(layers, "auto")
+        use_kernels(layers, "auto", self.keep)
         return list(layers)
 
     def errors(self, tokens: int) -> Errors:

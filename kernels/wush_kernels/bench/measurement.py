@@ -3,6 +3,8 @@
 Legend: `M` tokens, `O` output features (0 where a kernel has none), `I` input features. Times are microseconds.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -64,20 +66,34 @@ class Timing:
 @dataclass(frozen=True)
 class Errors:
     """Against the reference: the share of codes and scales that differ, `|out - ref| / |ref|` of the norms, and the
-    largest `|out - ref|` over the largest `|ref|`; None where it does not apply. `limit` bounds the first that does.
+    largest `|out - ref|` over the largest `|ref|`; None where it does not apply. `limit` bounds the first two.
+    `what` was compared, where a line compares several things.
     """
 
     mismatched: float | None = None
     relative: float | None = None
     largest: float | None = None
     limit: float = 0.0
+    what: str = ""
+
+    @property
+    def checked(self) -> bool:
+        """Whether anything was compared."""
+        return self.mismatched is not None or self.relative is not None
 
     def wrong(self) -> str:
         """What is over its limit, or not a number; empty when all is right."""
         for name, value in (("mismatched codes", self.mismatched), ("relative error", self.relative)):
             if value is not None and not value <= self.limit:
-                return f"wrong: {name} {value:.2g}, at most {self.limit:.2g} expected"
+                of = f" of {self.what}" if self.what else ""
+                return f"wrong: {name}{of} {value:.2g}, at most {self.limit:.2g} expected"
         return ""
+
+
+def worst(found: Iterable[Errors]) -> Errors:
+    """Of several relative errors, the one that is largest against its limit; one that is not a number is the worst."""
+    return max(found, key=lambda one: math.inf if one.relative is None or one.relative != one.relative
+               else one.relative / one.limit)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Two ways to run it: `as is`, transformers' own forward; and `compiled`, the same decoder block as one function that
 `torch.compile` fuses, for both models alike, since unfused norms and rotary embeddings cost as much as 4-bit
 products. All in CUDA graphs. A decode step writes the last slot of a static cache that is full but for it.
+What is checked is in `wush_kernels.bench.model_check`.
 Shape legend: `B` windows in a batch, `M` tokens, `H` heads, `D` head size.
 """
 
@@ -24,7 +25,7 @@ from wush.decoder import find_blocks
 from wush.joint import join
 from wush_kernels.bench import operands
 from wush_kernels.bench.cases import Case, Prepared
-from wush_kernels.bench.measurement import BF16, OURS, Errors, Work
+from wush_kernels.bench.measurement import BF16, OURS, Work
 from wush_kernels.bench.timing import Call
 
 SIZES = {
@@ -44,9 +45,9 @@ SHARED_INPUTS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-LIMIT = 0.2  # relative error after one block: a product's last bit decides codes of the next, and these many more
 
 BlockForward = Callable[..., Tensor]
+CallOf = Callable[[BlockForward | None], Call]
 
 
 @dataclass(frozen=True)
@@ -119,25 +120,13 @@ class Models:
         return Work(moved, 2.0 * weights * tokens + 2.0 * head * (1 if tokens == 1 else WINDOWS), "fp8")
 
     def prepare(self, name: str, how: str) -> Prepared:
-        """The two models' calls, interleaved by the timing; logits of the quantized one are checked."""
-        make = {"decode": _decode_call, "prefill": _prefill_call}[name]
+        """The two models' calls, interleaved by the timing; the quantized one's first blocks are checked."""
+        from wush_kernels.bench.model_check import errors
+
+        make = CALLS[name]
         run_block = torch.compile(run_decoder_block, fullgraph=True, dynamic=False) if how == "compiled" else None
-        contenders = {OURS: [make(self.mxfp4, run_block)], BF16: [make(self.bf16, run_block)]}
-        return Prepared(contenders, self.errors)
-
-    def errors(self) -> Errors:
-        """The MXFP4 model's first decoder block against the reference backend, two windows of 64 tokens."""
-        ids = torch.randint(0, self.sizes["vocab_size"], (2, 64), device=self.device)
-        found = self._after_first_block(ids)
-        use_kernels(self.mxfp4, "torch")
-        try:
-            reference = self._after_first_block(ids)
-        finally:
-            use_kernels(self.mxfp4, "auto")
-        return operands.compare(found, reference, LIMIT)
-
-    def _after_first_block(self, ids: Tensor) -> Tensor:
-        return self.mxfp4(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1]
+        contenders = {OURS: [make(self.mxfp4)(run_block)], BF16: [make(self.bf16)(run_block)]}
+        return Prepared(contenders, lambda: errors(self.mxfp4, make, run_block))
 
 
 def run_decoder_block(
@@ -168,29 +157,44 @@ def run_decoder_block(
 def last_logits(
     model: Any, run_block: BlockForward, ids: Tensor, positions: Tensor, cache: DecodeCache | None = None
 ) -> Tensor:
-    """Logits `(B, 1, V)` of the last tokens of `ids` `(B, M)`."""
+    """Logits `(B, 1, V)` of the last tokens of `ids` `(B, M)`, after as many blocks as the model's config says."""
     hidden = model.model.embed_tokens(ids)
     cos, sin = model.model.rotary_emb(hidden, position_ids=positions)
-    for index, block in enumerate(model.model.layers):
+    for index, block in enumerate(model.model.layers[: model.config.num_hidden_layers]):
         cached = None if cache is None else (cache.keys[index], cache.values[index], cache.slot)
         hidden = run_block(block, hidden, cos, sin, cached)
     return model.lm_head(model.model.norm(hidden[:, -1:]))
 
 
-def _prefill_call(model: Any, run_block: BlockForward | None) -> Call:
+def prefill(model: Any) -> CallOf:
+    """Prefill of random tokens; by transformers' own forward where no function runs a block."""
     ids = torch.randint(0, model.config.vocab_size, (WINDOWS, WINDOW), device=model.device)
-    if run_block is None:
-        return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-    positions = torch.arange(WINDOW, device=model.device)[None]
-    return partial(last_logits, model, run_block, ids, positions)
+
+    def call(run_block: BlockForward | None) -> Call:
+        if run_block is None:
+            return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        positions = torch.arange(WINDOW, device=model.device)[None]
+        return partial(last_logits, model, run_block, ids, positions)
+
+    return call
 
 
-def _decode_call(model: Any, run_block: BlockForward | None) -> Call:
+def decode(model: Any) -> CallOf:
+    """One decode step of a random token; all calls with a function that runs a block have the same cache."""
     ids = torch.randint(0, model.config.vocab_size, (1, 1), device=model.device)
-    if run_block is not None:
-        cache = DecodeCache.random(model, CONTEXT)
+    caches: list[DecodeCache] = []
+
+    def call(run_block: BlockForward | None) -> Call:
+        if run_block is None:
+            return partial(transformers_step, model, ids, *full_static_cache(model, CONTEXT))
+        cache = caches[0] if caches else DecodeCache.random(model, CONTEXT)
+        caches[:] = [cache]
         return partial(last_logits, model, run_block, ids, cache.slot[None], cache)
-    return partial(transformers_step, model, ids, *full_static_cache(model, CONTEXT))
+
+    return call
+
+
+CALLS: dict[str, Callable[[Any], CallOf]] = {"decode": decode, "prefill": prefill}
 
 
 def full_static_cache(model: Any, length: int) -> tuple[Any, Tensor]:

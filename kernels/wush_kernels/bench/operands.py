@@ -11,15 +11,18 @@ from torch import Tensor
 
 import wush
 from wush.algorithms import QuantizedWeight
-from wush.formats import Mxfp4, Nvfp4, Quantized
+from wush.formats import Format, Mxfp4, Nvfp4, Quantized
 from wush.transforms import apply_blocks, hadamard
 from wush_kernels.bench.measurement import Errors
 
 DEVICE = "cuda"
 FourBit = Mxfp4 | Nvfp4
 FORMATS: dict[str, FourBit] = {"mxfp4": wush.MXFP4, "nvfp4": wush.NVFP4}
+OTHER_FORMATS: dict[str, Format] = {"int4": wush.INT4, "mxfp8": wush.MXFP8}
 CHECKED_FEATURES = 1024  # output features of a large product that are compared; every token is
-_SCALE_BYTES = {"mxfp4": (118, 123), "nvfp4": (20, 28)}  # scales that make weights of about 0.02
+# Bits of scales that make weights of about 0.02.
+_SCALE_BITS = {"mxfp4": (118, 123), "nvfp4": (20, 28), "int4": (0x3B00, 0x3C00), "mxfp8": (112, 118)}
+_E4M3_NAN = 0x7F
 
 
 def activations(tokens: int, in_features: int) -> Tensor:
@@ -38,7 +41,7 @@ def fp8_weight(out_features: int, in_features: int) -> Tensor:
     return torch.randn(out_features, in_features, device=DEVICE, dtype=torch.bfloat16).to(torch.float8_e4m3fn)
 
 
-def transform(fmt: FourBit, in_features: int, kind: str = "block") -> Tensor | None:
+def transform(fmt: Format, in_features: int, kind: str = "block") -> Tensor | None:
     """A dense matrix for each block `(N, G, G)`, one for all `(G, G)`, or None: `block`, `shared`, `none`. Bfloat16."""
     if kind == "none":
         return None
@@ -49,16 +52,19 @@ def transform(fmt: FourBit, in_features: int, kind: str = "block") -> Tensor | N
     return (base * (torch.rand(in_features // size, 1, size, device=DEVICE) + 0.5)).bfloat16()
 
 
-def quantized(fmt: FourBit, out_features: int, in_features: int) -> Quantized:
+def quantized(fmt: Format, out_features: int, in_features: int) -> Quantized:
     """Random codes and scales of a weight `(O, I)`."""
-    codes = torch.randint(0, 16, (out_features, in_features), device=DEVICE, dtype=torch.uint8)
-    low, high = _SCALE_BYTES[fmt.name]
+    codes = torch.randint(0, 2**fmt.element.bits, (out_features, in_features), device=DEVICE, dtype=torch.uint8)
+    if fmt.element.bits == 8:
+        codes -= ((codes & _E4M3_NAN) == _E4M3_NAN).to(torch.uint8)
+    low, high = _SCALE_BITS[fmt.name]
     shape = (out_features, in_features // fmt.group_size)
-    scales = torch.randint(low, high, shape, device=DEVICE, dtype=torch.uint8).view(fmt.scale_dtype)
+    bits = torch.uint8 if fmt.scale_dtype.itemsize == 1 else torch.int16
+    scales = torch.randint(low, high, shape, device=DEVICE, dtype=bits).view(fmt.scale_dtype)
     return Quantized(codes, scales, fmt.global_scale)
 
 
-def packed(fmt: FourBit, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+def packed(fmt: Format, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
     """Random packed codes and scales."""
     made = quantized(fmt, out_features, in_features)
     return fmt.pack(made.codes), made.scales
@@ -69,18 +75,18 @@ def layer(fmt: FourBit, out_features: int, in_features: int, matrix: Tensor | No
     return wush.QuantLinear(QuantizedWeight(quantized(fmt, out_features, in_features), matrix), fmt)
 
 
-def packed_bytes(fmt: FourBit, out_features: int, in_features: int) -> int:
+def packed_bytes(fmt: Format, out_features: int, in_features: int) -> int:
     """Bytes of a packed weight and its scales."""
     return math.ceil(out_features * in_features * fmt.bits_per_weight / 8)
 
 
-def rounded_input(x: Tensor, fmt: FourBit, matrix: Tensor | None, global_scale: float | None = None) -> Tensor:
+def rounded_input(x: Tensor, fmt: Format, matrix: Tensor | None, global_scale: float | None = None) -> Tensor:
     """`Q(T x)` by plain PyTorch, float32; with another `global_scale` in place of the format's own."""
     made = fmt.quantize(x.float() if matrix is None else apply_blocks(x.float(), matrix.float()))
     return fmt.dequantize(made if global_scale is None else replace(made, global_scale=global_scale))
 
 
-def values(fmt: FourBit, codes: Tensor, scales: Tensor, global_scale: float) -> Tensor:
+def values(fmt: Format, codes: Tensor, scales: Tensor, global_scale: float) -> Tensor:
     """What packed codes `(O, ...)` stand for, float32 `(O, I)`."""
     return fmt.dequantize(Quantized(fmt.unpack(codes), scales, global_scale))
 

@@ -58,7 +58,10 @@ def _panel(axis: Any, record: Record, model: str) -> None:
     tokens: set[int] = set()
     for variant, style in STYLES.items():
         for linear, own in joined_layers(record, variant, model).items():
-            points = [(one.tokens, ratio) for one in own if (ratio := one.ratio(BF16)) is not None]
+            right = [one for one in own if not one.failure]
+            points = [(one.tokens, ratio) for one in right if (ratio := one.ratio(BF16)) is not None]
+            if not points:
+                continue
             tokens |= {x for x, _ in points}
             axis.plot(*zip(*points, strict=True), style, color=COLORS[linear], marker="o", markersize=3, linewidth=1.4)
     axis.set_xscale("log", base=2)

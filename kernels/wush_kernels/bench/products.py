@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wush.formats import Format
 from wush_kernels.bench import operands
 from wush_kernels.bench.cases import ROUNDED, Baselines, Case, Prepared, each, inputs_for, scaled_mm
 from wush_kernels.bench.measurement import OURS, Errors, Rate, Work
@@ -19,6 +20,7 @@ from wush_kernels.bench.timing import Effort
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192), (8192, 28672))
 PREFILL_TOKENS = (64, 128, 256, 1024, 4096)
+COPY_TOKENS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Matmul:
 
 
 def cases(effort: Effort, quick: bool) -> Iterator[Case]:
-    """Decode at few tokens, prefill at many, of each shape."""
+    """Decode at few tokens, products with an FP8 copy at some, prefill at many, of each shape."""
     for shape in SHAPES[1:2] if quick else SHAPES:
         baselines = Baselines(*shape, effort)
         for matmul in DECODE:
             for tokens in DECODE_TOKENS[::2] if quick else DECODE_TOKENS:
                 yield _case(matmul, tokens, shape, baselines, effort)
+        for tokens in COPY_TOKENS[1:2] if quick else COPY_TOKENS:
+            yield _case(COPY, tokens, shape, baselines, effort)
         for matmul in PREFILL:
             for tokens in PREFILL_TOKENS[-2:-1] if quick else PREFILL_TOKENS:
                 yield _case(matmul, tokens, shape, baselines, effort)
@@ -78,7 +82,7 @@ def _case(matmul: Matmul, tokens: int, shape: tuple[int, int], baselines: Baseli
 
 
 def product_errors(
-    found: Tensor, x: Tensor, packed: Tensor, scales: Tensor, fmt: FourBit, matrix: Tensor | None = None,
+    found: Tensor, x: Tensor, packed: Tensor, scales: Tensor, fmt: Format, matrix: Tensor | None = None,
     limit: float = ROUNDED,
 ) -> Errors:  # fmt: skip
     """Of a product `(M, O)` against float64 of the same codes, at some of the output features."""
@@ -91,7 +95,7 @@ def product_errors(
 
 def _matmul_fp8(fmt: FourBit) -> Kernel:
     from wush_kernels.encode import DECODE_WINDOW, exponents
-    from wush_kernels.fp8_operand import fp8_operand
+    from wush_kernels.fp8_spans import fp8_spans
     from wush_kernels.matmul_fp8 import matmul_fp8
 
     def weight(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +105,22 @@ def _matmul_fp8(fmt: FourBit) -> Kernel:
     def product(a: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return matmul_fp8(a[0], a[1], w[0], w[1], w[2], fmt.global_scale**2, None, torch.bfloat16)
 
-    return Kernel(lambda x: fp8_operand(x, fmt), weight, product)
+    return Kernel(lambda x: fp8_spans(x, fmt), weight, product)
+
+
+def _matmul_fp8_copy(fmt: FourBit) -> Kernel:
+    from wush_kernels.encode import fp8_weight
+    from wush_kernels.fp8_spans import fp8_spans
+    from wush_kernels.matmul_fp8_copy import matmul_fp8_copy
+
+    def weight(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        made = fp8_weight(packed, scales)
+        return made.bytes, made.row_scales
+
+    def product(a: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor]) -> Tensor:
+        return matmul_fp8_copy(*a, *w, fmt.global_scale**2)
+
+    return Kernel(lambda x: fp8_spans(x, fmt), weight, product)
 
 
 def _matmul_half(fmt: FourBit) -> Kernel:
@@ -140,6 +159,7 @@ DECODE = (
     Matmul("matmul_fp8", "mxfp4", MXFP4, _matmul_fp8, 1, MXFP4.bits_per_weight / 8, "fp8"),
     Matmul("matmul_half", "nvfp4", NVFP4, _matmul_half, 2, NVFP4.bits_per_weight / 8, "bf16"),
 )
+COPY = Matmul("matmul_fp8_copy", "mxfp4", MXFP4, _matmul_fp8_copy, 1, 1, "fp8")
 PREFILL = tuple(
     Matmul("scaled_mm", f"mxfp4 {'fast' if fast else 'accurate'}", MXFP4, _scaled_mm(fast), 1, 1, "fp8")
     for fast in (False, True)

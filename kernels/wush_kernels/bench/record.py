@@ -1,6 +1,8 @@
 """A benchmark's record: where and with what it ran, every measurement, as one JSON file written as the run goes on."""
 
 import dataclasses
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from wush_kernels.bench.measurement import BF16, OURS, Ceilings, Measurement, me
 SCHEMA = 1
 CHECKOUT = Path(__file__).parents[3]
 RESULTS = CHECKOUT / "kernels" / "benchmarks" / "results"
+MEASURED = ("wush", "wush_kernels")
 
 
 @dataclass
@@ -39,7 +42,8 @@ class Record:
     def settle(self) -> None:
         """Take what all measurements together say of the ceilings into every floor."""
         bf16 = [(2.0 * one.out_features * one.in_features, one.timings.get(BF16)) for one in self.measurements]
-        own = [(one.work.bytes, one.timings.get(OURS)) for one in self.measurements if one.out_features]
+        right = [one for one in self.measurements if one.out_features and not one.failure]
+        own = [(one.work.bytes, one.timings.get(OURS)) for one in right]
         rates = [size / timing.us / 1e3 for size, timing in bf16 + own if timing is not None]
         self.ceilings = dataclasses.replace(self.ceilings, read_gbs=max(rates, default=0.0))
         self.measurements = [
@@ -97,7 +101,11 @@ def default_path(environment: dict[str, Any], quick: bool) -> Path | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """The GPU, its driver, and the versions of what runs on it."""
+    """The GPU, its driver, and the versions of what runs on it.
+
+    `source_sha256` is of what is measured, wherever it lies. `git_commit` and `git_changes` are those of the checkout,
+    None where there is none or git cannot be asked; a copied tree's commit can be older than its sources.
+    """
     import torch
 
     gpu = torch.cuda.get_device_properties(0)
@@ -110,10 +118,30 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers")},
-        "git_commit": _said("git", "-C", str(CHECKOUT), "rev-parse", "HEAD"),
-        "git_changes": bool(_said("git", "-C", str(CHECKOUT), "status", "--porcelain")),
+        "source_sha256": source_sha256(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def source_sha256() -> str:
+    """SHA-256 over all modules of the measured packages as they are installed: each path, in order, and its content."""
+    sources = hashlib.sha256()
+    for package in MEASURED:
+        found = importlib.util.find_spec(package)
+        folders = [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+        modules = {path.relative_to(folder).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+        if not modules:
+            raise ModuleNotFoundError(f"no source of {package} is found; install it with pip install -e .")
+        for name, path in sorted(modules.items()):
+            sources.update(f"{package}/{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return sources.hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout; None for a package installed elsewhere, of which another repository may know."""
+    return _said("git", "-C", str(CHECKOUT), *arguments) if (CHECKOUT / "pyproject.toml").is_file() else None
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,7 @@
-"""A record for the eye: tables of at most 100 columns on a terminal, and the same numbers as Markdown."""
+"""A record for the eye: tables of at most 100 columns on a terminal, and the same numbers as Markdown.
+
+A measurement that failed is shown as such in every table, never as a number.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -8,13 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from wush_kernels.bench import promises
+from wush_kernels.bench.layers import NOT_KEPT
 from wush_kernels.bench.measurement import ADDMM, BF16, FP8, OURS, Measurement
 from wush_kernels.bench.record import Record
 from wush_kernels.bench.shapes import JOINED, MODELS
 
 WIDTH = 100
 MARKS = ("<!-- results -->", "<!-- /results -->")
-_STYLES = {"MISSED": "red", "FAILED": "bold red", "not measured": "dim"}
+SHOWN = 20  # lines of a list; how many more there are is said
+VARIANTS = ("mxfp4", "nvfp4", NOT_KEPT)
+_STYLES = {"MISSED": "red", "FAILED": "bold red", "in part": "yellow", "not measured": "dim"}
 
 
 def console() -> Console:
@@ -54,7 +60,7 @@ def ratios(record: Record, variant: str) -> Table | None:
     tokens = sorted({one.tokens for row in rows.values() for one in row})
     table = _table(f"{variant} layers: ratio to BF16 by M", ["OxI", *(str(number) for number in tokens)])
     for (outputs, features), row in rows.items():
-        by_tokens = {one.tokens: one.ratio(BF16) for one in row}
+        by_tokens = {one.tokens: one for one in row}
         cells = [_ratio_cell(by_tokens.get(number)) for number in tokens]
         table.add_row(f"{outputs}x{features}", *cells)
     return table
@@ -77,14 +83,13 @@ def promised(record: Record) -> list[Table | Text]:
         table.add_row(one.promise.name, one.promise.target, one.said, one.verdict, style=_STYLES.get(one.verdict))
     below: list[Text] = []
     for one in found:
-        if one.roofline:
-            below.append(Text(f"  {one.promise.name}\n    {one.where}: {one.roofline}"))
+        if one.where and one.verdict != "met":
+            below.append(Text(f"  {one.promise.name}\n    {_reason(one)}"))
     slow = promises.slow_layers(record)
     if record.of("layers"):
         below.append(Text(f"MXFP4 layers slower than BF16 by more than 5%: {len(slow) or 'none'}"))
-    for layer in slow[:20]:
-        ratio = _number(layer.ratio(BF16), "{:.2f}x".format)
-        below.append(Text(f"  {layer.shape}: {layer.failure or ratio} ({layer.path})"))
+    ratios = [layer.failure or _number(layer.ratio(BF16), "{:.2f}x".format) for layer in slow]
+    below += _listed(f"  {one.shape}: {ratio} ({one.path})" for one, ratio in zip(slow, ratios, strict=True))
     return [table, *below]
 
 
@@ -102,36 +107,50 @@ def header(record: Record) -> str:
     """The machine and its ceilings, in three lines."""
     own, ceilings = record.environment, record.ceilings
     reads = f", products read at up to {ceilings.read_gbs:.0f} GB/s" if ceilings.read_gbs else ""
+    commit = f"{(own['git_commit'] or 'unknown')[:12]}{', with changes' if own['git_changes'] else ''}"
     return (
         f"{own['gpu']}, driver {own['driver']}, CUDA {own['cuda']}, torch {own['torch']}, Triton {own['triton']}\n"
         f"copy {ceilings.copy_gbs:.0f} GB/s{reads}, BF16 {ceilings.bf16_tflops:.0f} TFLOP/s, FP8 "
         f"{ceilings.fp8_tflops:.0f} TFLOP/s, measured here; cold cache; medians of CUDA graph replays\n"
-        f"{own['date']}, commit {(own['git_commit'] or 'unknown')[:12]}{', with changes' if own['git_changes'] else ''}"
+        f"{own['date']}, commit {commit}, sources {(own.get('source_sha256') or 'unknown')[:16]}"
     )
+
+
+def caveats(record: Record) -> list[str]:
+    """What of a full run a record lacks."""
+    found = []
+    if not record.finished:
+        found.append("the run did not come to its end")
+    if record.settings.get("quick"):
+        found.append("a quick run, of a few of each kind")
+    if failed := record.failed():
+        found.append(f"{len(failed)} of {len(record.measurements)} measurements failed")
+    return found
 
 
 def summary(record: Record) -> list[Table | Text]:
     """What the run comes to: ratios by M, the model, the promises, failures."""
-    tables = [ratios(record, "mxfp4"), ratios(record, "nvfp4"), model_table(record)]
+    tables = [*(ratios(record, variant) for variant in VARIANTS), model_table(record)]
     shown: list[Table | Text] = [table for table in tables if table]
     shown += promised(record)
     failed = record.failed()
     if failed:
         shown.append(Text(f"{len(failed)} of {len(record.measurements)} measurements failed:", style="red"))
-        shown += [Text(f"  {one.section}: {one.label}: {one.failure}", style="red") for one in failed[:20]]
+        shown += _listed((f"  {one.section}: {one.label}: {one.failure}" for one in failed), "red")
     return shown
 
 
 def markdown(record: Record) -> str:
     """Promises, ratios of the joined layers and the model as Markdown, for a README."""
     parts = ["\n".join(f"{line}  " for line in header(record).splitlines())]
+    parts += [f"{'; '.join(found).capitalize()}." for found in [caveats(record)] if found]
     found = promises.outcomes(record)
     rows = [[one.promise.name, one.promise.target, one.said, one.verdict] for one in found]
     parts.append(_markdown_table(["promise, its worst case", "target", "measured", ""], rows))
-    missed = [f"- {one.promise.name}: {one.where}: {one.roofline}" for one in found if one.roofline]
+    missed = [f"- {one.promise.name}: {_reason(one)}" for one in found if one.where and one.verdict != "met"]
     if missed:
-        parts.append("Missed:\n\n" + "\n".join(missed))
-    for variant in ("mxfp4", "nvfp4"):
+        parts.append("Not met:\n\n" + "\n".join(missed))
+    for variant in VARIANTS:
         parts += _markdown_ratios(record, variant)
     if record.of("model"):
         cells = [_model_cells(one) for one in record.of("model")]
@@ -160,17 +179,18 @@ def joined_layers(record: Record, variant: str, model: str) -> dict[str, list[Me
 
 
 def _markdown_ratios(record: Record, variant: str) -> list[str]:
-    rows, tokens = [], sorted({one.tokens for one in record.of("layers")})
+    rows, tokens = [], sorted({one.tokens for one in record.of("layers") if one.variant == variant})
     for model in MODELS:
         for linear, own in joined_layers(record, variant, model).items():
-            by_tokens = {one.tokens: one.ratio(BF16) for one in own}
+            by_tokens = {one.tokens: one for one in own}
             shape = f"{own[0].out_features} x {own[0].in_features}"
-            cells = [_number(by_tokens.get(number), "{:.2f}".format) for number in tokens]
+            cells = [_ratio(by_tokens.get(number)) for number in tokens]
             rows.append([model, linear, shape, *cells])
     if not rows:
         return []
     head = ["model", "linear", "O x I", *(f"M = {number}" for number in tokens)]
-    return [f"{variant.upper()} layers, ratio to BF16:\n\n{_markdown_table(head, rows)}"]
+    fmt, comma, rest = variant.partition(",")
+    return [f"{fmt.upper()} layers{comma}{rest}, ratio to BF16:\n\n{_markdown_table(head, rows)}"]
 
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -182,6 +202,8 @@ def _model_cells(one: Measurement) -> list[str]:
     bf16 = one.tokens * 1e6 / one.timings[BF16].us if BF16 in one.timings else None
     how, blocks = one.variant.removeprefix("mxfp4 "), str(one.details.get("decoder_blocks", ""))
     rates = [_number(rate, "{:,.0f}".format) for rate in (bf16, one.tokens_per_second)]
+    if one.failure:
+        return [one.name, how, blocks, "-", "-", "FAILED"]
     return [one.name, how, blocks, *rates, _number(one.ratio(BF16), "{:.2f}x".format)]
 
 
@@ -193,9 +215,27 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _ratio_cell(ratio: float | None) -> Text:
-    slow = ratio is None or ratio < promises.SLOWEST_LAYER
-    return Text(_number(ratio, "{:.2f}".format), style="red" if slow else "")
+def _ratio_cell(one: Measurement | None) -> Text:
+    ratio = one.ratio(BF16) if one else None
+    slow = ratio is None or ratio < promises.SLOWEST_LAYER or (one is not None and bool(one.failure))
+    return Text(_ratio(one), style="red" if slow else "")
+
+
+def _ratio(one: Measurement | None) -> str:
+    if one is None:
+        return "-"
+    return "FAILED" if one.failure else _number(one.ratio(BF16), "{:.2f}".format)
+
+
+def _reason(one: promises.Outcome) -> str:
+    return f"{one.where}: {one.roofline}" if one.roofline else one.where
+
+
+def _listed(texts: Iterable[str], style: str = "") -> list[Text]:
+    """The first of some lines, and how many there are beside."""
+    shown = list(texts)
+    rest = [f"  and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
+    return [Text(text, style=style) for text in [*shown[:SHOWN], *rest]]
 
 
 def _number(value: float | None, shown: Callable[[float], str]) -> str:

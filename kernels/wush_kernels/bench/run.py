@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from wush_kernels.bench import promises, report
-from wush_kernels.bench.measurement import ADDMM, BF16, FP8, OURS, Ceilings, Measurement, Timing, Work
-from wush_kernels.bench.promises import GPTQ_WUSH
+from wush_kernels.bench.measurement import ADDMM, BF16, FP8, OURS, Ceilings, Errors, Measurement, Timing, Work
+from wush_kernels.bench.promises import GPTQ_WUSH, REFIT
 from wush_kernels.bench.record import Record, default_path, describe_environment, save
 from wush_kernels.bench.shapes import MODELS
 from wush_kernels.bench.timing import QUICK, Effort, free, one_line, time_together
@@ -19,6 +20,7 @@ from wush_kernels.bench.timing import QUICK, Effort, free, one_line, time_togeth
 SECTIONS = ("kernels", "layers", "model", "quantizer")
 QUICK_SECTIONS = SECTIONS[:3]
 QUICK_MODELS = ("llama3_1_70b",)
+RTN_LOSS = 0.05  # relative squared error of outputs in MXFP4: the format's own is 0.014
 
 
 @dataclass(frozen=True)
@@ -174,17 +176,27 @@ def _quantizer(options: Options, ceilings: Ceilings) -> Iterator[Measurement]:
         found = measure_block(MODELS["llama3_1_8b"])
     except Exception as error:  # as every kernel: a line with its error
         free()
-        yield dataclasses.replace(line, failure=one_line(error))
+        for variant in (GPTQ_WUSH, REFIT):
+            yield dataclasses.replace(line, variant=variant, failure=one_line(error))
         return
-    yield dataclasses.replace(line, timings={OURS: _seconds(found["seconds"])}, details=found)
+    yield _stage(line, "seconds", GPTQ_WUSH, found, details=found)
     for key in (key for key in found if key.startswith("seconds_")):
-        yield dataclasses.replace(line, variant=key.removeprefix("seconds_"), timings={OURS: _seconds(found[key])})
-    moments = {OURS: _seconds(found["moments_seconds"]), ADDMM: _seconds(found["moments_seconds_addmm"])}
+        yield _stage(line, key, key.removeprefix("seconds_"), found)
+    moments = {OURS: _seconds(found, "moments_seconds"), ADDMM: _seconds(found, "moments_seconds_addmm")}
     yield dataclasses.replace(line, variant="second moments", tokens=found["tokens"], timings=moments)
 
 
-def _seconds(seconds: float) -> Timing:
-    return Timing(1e6 * seconds, 1e6 * seconds, 1e6 * seconds, 1)
+def _stage(line: Measurement, key: str, variant: str, found: dict[str, Any], **more: Any) -> Measurement:
+    """A stage's time and its relative error, of GPTQ at most that of rounding to nearest."""
+    limit = found["loss_rtn"] if key != "seconds_rtn" else RTN_LOSS
+    errors = Errors(relative=found[key.replace("seconds", "loss")], limit=limit, what="the outputs")
+    own = {"timings": {OURS: _seconds(found, key)}, "errors": errors, "failure": errors.wrong(), **more}
+    return dataclasses.replace(line, variant=variant, **own)
+
+
+def _seconds(found: dict[str, Any], key: str) -> Timing:
+    runs = [1e6 * seconds for seconds in found["runs"][key]]
+    return Timing(1e6 * found[key], min(runs), max(runs), 1)
 
 
 MEASURERS: dict[str, Callable[[Options, Ceilings], Iterator[Measurement]]] = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from wush_kernels.bench.measurement import Timing
 
 Call = Callable[[], object]
 Contenders = Mapping[str, Sequence[Call]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ def time_together(contenders: Contenders, effort: Effort) -> tuple[dict[str, Tim
         for name, own in readings.items()
     }
     return timings, failures
+
+
+def replayed(call: Callable[[], Result]) -> Result:
+    """What a call returns once a CUDA graph of it, captured as those that are timed, has been replayed."""
+    results: list[Result] = []
+    _captured([lambda: results.append(call())])
+    return results[-1]
 
 
 def free() -> None:
