@@ -9,7 +9,7 @@ from typing import Any
 from hydra.utils import instantiate
 
 # How and where a trial runs; no key here can change its result.
-NEUTRAL = ("tracking", "device", "kernels", "progress", "results", "keep_blocks", "sweep")
+NEUTRAL = ("tracking", "device", "kernels", "keep_operands", "progress", "results", "keep_blocks", "sweep")
 # Of a text: the windows run at a time. Every sum over windows is made window by window, so this changes no result.
 NEUTRAL_OF_TEXT = ("batch_size",)
 # Of a text: which windows are cut and how they are run, not what the text is.

@@ -192,6 +192,7 @@ class TrialConfig(_Strict):
     tracking: Tracking
     device: Annotated[str, AfterValidator(_device)]
     kernels: Literal["auto", "torch", "triton", "scaled_mm"]
+    keep_operands: bool
     progress: Literal["auto", "bars", "lines", "none"]
     results: str = Field(min_length=1)
     keep_blocks: bool

@@ -285,6 +285,7 @@ class TrialRunner:
 
         import wush
         from experiments.environment import measured
+        from wush.backends import Settings
 
         def on_block(report: wush.BlockReport) -> None:
             attempt.blocks.append(Block.model_validate(asdict(report)))
@@ -305,7 +306,7 @@ class TrialRunner:
                 progress=watched,
                 on_block=on_block,
                 saved=checkpoint,
-                kernels=config["kernels"],
+                settings=Settings(config["kernels"], config["keep_operands"]),
             )
         attempt.bits_per_weight, attempt.skipped = report.bits_per_weight, report.skipped
         if checkpoint.restored:

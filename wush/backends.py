@@ -6,15 +6,15 @@ Shape legend: `O` output features, `I` input features, `M` tokens.
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from wush.formats import INT4, MXFP4, MXFP8, NVFP4, Format, Int4, Mxfp4, Nvfp4
+from wush.machine import TENSOR_CORES_FP4, Machine, machine, no_triton
 from wush.operands import (
     PRODUCTS,
     How,
@@ -23,8 +23,6 @@ from wush.operands import (
     bits_of,
     operands_of,
     require_no_capture,
-    scaled_fp4,
-    scaled_mm,
     torch_product,
 )
 
@@ -40,7 +38,7 @@ Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
 DECODE_ROWS = {"mxfp4": (32, 64), "nvfp4": (32, 32)}
 SMALL_TILES = 256
 HOPPER = (9, 0)
-TENSOR_CORES_BF16, TENSOR_CORES_FP4 = (8, 0), (10, 0)
+TENSOR_CORES_BF16 = (8, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {
     (fmt.name, fmt.scale_rule): fmt
@@ -55,16 +53,6 @@ _told: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a device offers: its compute capability, None without CUDA; and why it cannot do something, or None."""
-
-    capability: tuple[int, int] | None
-    no_triton: str | None = None
-    no_scaled_mm: str | None = None
-    no_scaled_fp4: str | None = None
-
-
-@dataclass(frozen=True)
 class Shape:
     """What of a layer matters; `misses`: its groups outside the windows of decoded weights and of an FP8 copy."""
 
@@ -72,6 +60,28 @@ class Shape:
     in_features: int
     dtype: torch.dtype = torch.bfloat16
     misses: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a layer may run on.
+
+    `keep_operands`: whether copies of weights that products with many tokens need are kept (1 byte a weight for MXFP4,
+    2 for other formats); False makes them anew in every forward, in memory that all layers share.
+    `fast_accumulation`: whether torch's FP8 matmul may leave its sums in the tensor core's accumulator, of about 22
+    bits: faster, but long sums lose, up to a quarter of one of 28,672 values of one sign.
+    """
+
+    kernels: Kernels = "auto"
+    keep_operands: bool = True
+    fast_accumulation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernels not in get_args(Kernels):
+            raise ValueError(f"kernels={self.kernels!r}: choose one of {', '.join(get_args(Kernels))}")
+
+
+DEFAULT = Settings()
 
 
 @dataclass(frozen=True)
@@ -165,69 +175,22 @@ def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str |
     return {"scaled_mm": machine.no_scaled_mm, "scaled_mm_fp4": machine.no_scaled_fp4}.get(matmul)
 
 
-# The machine
-
-
-@cache
-def machine(device: torch.device, dtype: torch.dtype, fmt: Format) -> Machine:
-    """What a device offers for products of a format in a dtype; torch's scaled matmuls are tried on small operands."""
-    found = Machine(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, _no_triton(device))
-    if found.no_triton:
-        return found
-    if fmt.name == "mxfp4":
-        found = replace(found, no_scaled_mm=_trial(lambda: _try_scaled_mm(device, dtype)))
-    if found.capability and found.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
-        found = replace(found, no_scaled_fp4=_trial(lambda: _try_scaled_fp4(device, fmt)))
-    return found
-
-
-def _no_triton(device: torch.device) -> str | None:
-    if torch.version.hip:
-        return "no kernels for AMD GPUs"
-    try:
-        from wush_kernels.support import why_not
-    except ImportError as error:
-        return f"{error.name or 'Triton'} is not installed"
-    return why_not(device)
-
-
-def _trial(attempt: Callable[[], object]) -> str | None:
-    try:
-        attempt()
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        return f"torch says {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}"
-    return None
-
-
-def _try_scaled_mm(device: torch.device, dtype: torch.dtype) -> None:
-    a = torch.zeros(16, 32, device=device).to(torch.float8_e5m2)
-    weight = torch.zeros(16, 32, device=device).to(torch.float8_e4m3fn)
-    scales, bias = torch.ones(16, 1, device=device), torch.zeros(16, device=device, dtype=dtype)
-    scaled_mm(a, scales, weight, scales.view(1, 16), bias, dtype)
-
-
-def _try_scaled_fp4(device: torch.device, fmt: Format) -> None:
-    codes = torch.zeros(128, 64, device=device, dtype=torch.uint8)
-    scales = torch.ones(128 * 128 // fmt.group_size, device=device).to(fmt.scale_dtype)
-    scaled_fp4(codes, scales, codes, scales, fmt)
-
-
 # Running
 
 
-def linear(x: Tensor, weight: Weight, kernels: Kernels = "auto", keep: bool = True, fast: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Weight, settings: Settings = DEFAULT) -> Tensor:
     """`Q(T x) W_q^T + bias`, `(..., O)` in x's dtype, for x `(..., I)`.
 
-    A row of x with NaN or infinity gives a row of NaN, and no error. `keep`: whether copies of the whole weight that a
-    matmul needs are kept. Under `torch.compile` it is one operator, or for a format of the user's own plain PyTorch.
+    A row of x with NaN or infinity gives a row of NaN, and no error. Under `torch.compile` it is one operator, or for
+    a format of the user's own plain PyTorch.
     """
     fmt = weight.format
     if not torch.compiler.is_compiling():
-        return _run(x, weight, kernels, keep, fast)
+        return _run(x, weight, settings)
     if _known(fmt):
         return torch.ops.wush.linear(
             x, weight.packed, bits_of(weight.scales), weight.transform, weight.bias, fmt.name, fmt.scale_rule,
-            weight.global_scale, kernels, keep, fast,
+            weight.global_scale, settings.kernels, settings.keep_operands, settings.fast_accumulation,
         )  # fmt: skip
     return torch_product(x, weight, Operands(), How("torch"))
 
@@ -252,7 +215,7 @@ def _linear(
 ) -> Tensor:
     fmt = BUILT_IN[name, scale_rule]
     weight = Weight(fmt, packed, scales.view(fmt.scale_dtype), global_scale, transform, bias)
-    return _run(x, weight, kernels, keep, fast)  # type: ignore[arg-type]
+    return _run(x, weight, Settings(kernels, keep, fast))  # type: ignore[arg-type]
 
 
 @_linear.register_fake
@@ -272,13 +235,15 @@ def _(
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-def _run(x: Tensor, weight: Weight, kernels: Kernels, keep: bool, fast: bool) -> Tensor:
+def _run(x: Tensor, weight: Weight, settings: Settings) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if not len(rows):
         return x.new_empty(*x.shape[:-1], len(weight.packed))
     operands = operands_of(weight)
-    choice = _choice(weight, operands, len(rows), x.dtype, kernels)
-    product = PRODUCTS[choice.matmul](rows, weight, operands, How(choice.quantize, keep, fast))
+    choice = _choice(weight, operands, len(rows), x.dtype, settings.kernels)
+    product = PRODUCTS[choice.matmul](
+        rows, weight, operands, How(choice.quantize, settings.keep_operands, settings.fast_accumulation)
+    )
     return product.view(*x.shape[:-1], product.shape[-1])
 
 
@@ -313,24 +278,17 @@ def _chosen(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, k
 def use_kernels(
     model: nn.Module, kernels: Kernels = "auto", keep_operands: bool = True, fast_accumulation: bool = False
 ) -> nn.Module:
-    """Set the kernels of every `QuantLinear` of a model; the same model.
-
-    `keep_operands`: whether copies of weights that products with many tokens need are kept (1 byte a weight for MXFP4,
-    2 for other formats); False makes them anew in every forward, in memory that all layers share.
-    `fast_accumulation`: whether torch's FP8 matmul may leave its sums in the tensor core's accumulator, of about 22
-    bits: faster, but long sums lose, up to a quarter of one of 28,672 values of one sign.
-    """
-    if kernels not in get_args(Kernels):
-        raise ValueError(f"kernels={kernels!r}: choose one of {', '.join(get_args(Kernels))}")
+    """Set what every `QuantLinear` of a model may run on (`Settings`); the same model."""
+    settings = Settings(kernels, keep_operands, fast_accumulation)
     for _, layer in _layers(model):
-        layer.kernels, layer.keep_operands, layer.fast_accumulation = kernels, keep_operands, fast_accumulation
+        layer.settings = settings
     return model
 
 
 def planned(layer: "QuantLinear", rows: int, dtype: torch.dtype = torch.bfloat16) -> Choice:
     """What a `QuantLinear` is run on for inputs of so many tokens in a dtype."""
     weight = layer.operand_source
-    return _choice(weight, operands_of(weight), rows, dtype, layer.kernels)
+    return _choice(weight, operands_of(weight), rows, dtype, layer.settings.kernels)
 
 
 def chosen(model: nn.Module) -> dict[str, list[str]]:
@@ -353,7 +311,7 @@ def flushed_groups(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if _no_triton(device):
+    if no_triton(device):
         return 0
     from wush_kernels.workspace import flushed_groups
 

@@ -150,14 +150,13 @@ class Joint(nn.Module):
         """A member's result `(..., O)` for x `(..., I)`: columns of the joint product, a view of it."""
         compiling = torch.compiler.is_compiling()
         if not self.whole or (not compiling and x.is_inference()):
-            return linear(x, layer.own, layer.kernels, layer.keep_operands, layer.fast_accumulation)
+            return linear(x, layer.own, layer.settings)
         product = self._traced(x, layer.joint_index) if compiling else self._computed(x, layer.joint_index)
         start, stop = self.rows[layer.joint_index]
         return product[..., start:stop]
 
     def _product(self, x: Tensor) -> Tensor:
-        first = self.members[0]
-        return linear(x, self.weight, first.kernels, first.keep_operands, first.fast_accumulation)
+        return linear(x, self.weight, self.members[0].settings)
 
     def _computed(self, x: Tensor, index: int) -> Tensor:
         """The joint product; kept for members that have not taken theirs, as long as x lives."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wush.algorithms import QuantizedWeight
-from wush.backends import Kernels, linear
+from wush.backends import DEFAULT, Settings, linear
 from wush.formats import Format, Quantized
 from wush.operands import Weight, bits_of
 
@@ -20,9 +20,9 @@ class QuantLinear(nn.Module):
 
     Buffers: `packed_weight` `(O, I * bits / 8)` uint8; `scales` `(O, N)`; `transform` `(N, G, G)`, `(G, G)` or
     None in the model's dtype; `bias` `(O,)` or None. The global scale travels with the state dict. Activations are
-    rounded to nearest in the same format; a row with NaN or infinity gives a row of NaN. `kernels` says what computes
-    it (`wush.use_kernels`); the reference is the float32 product of the dequantized operands. The result has the
-    input's dtype.
+    rounded to nearest in the same format; a row with NaN or infinity gives a row of NaN. `settings` say what may
+    compute it (`wush.use_kernels`); the reference is the float32 product of the dequantized operands. The result has
+    the input's dtype.
     """
 
     packed_weight: Tensor
@@ -36,13 +36,12 @@ class QuantLinear(nn.Module):
         fmt: Format,
         bias: Tensor | None = None,
         name: str = "",
-        kernels: Kernels = "auto",
+        settings: Settings = DEFAULT,
     ) -> None:
         super().__init__()
         self.format = fmt
         self.name = name
-        self.kernels = kernels
-        self.keep_operands, self.fast_accumulation = True, False
+        self.settings = settings
         self.joint: Joint | None = None
         self.joint_index = 0
         self.not_joined = ""
@@ -56,11 +55,11 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_state(
-        cls, state: dict[str, Tensor], fmt: Format, name: str = "", kernels: Kernels = "auto"
+        cls, state: dict[str, Tensor], fmt: Format, name: str = "", settings: Settings = DEFAULT
     ) -> "QuantLinear":
         """The layer whose `state_dict` this is, on the device of its tensors."""
         quantized = Quantized(fmt.unpack(state["packed_weight"]), state["scales"], state["_extra_state"].item())
-        return cls(QuantizedWeight(quantized, state.get("transform")), fmt, state.get("bias"), name, kernels)
+        return cls(QuantizedWeight(quantized, state.get("transform")), fmt, state.get("bias"), name, settings)
 
     def weight(self) -> Tensor:
         """The dequantized weight `(O, I)` float32, in transformed coordinates."""
@@ -80,7 +79,7 @@ class QuantLinear(nn.Module):
         self._check(x)
         if self.joint is not None:
             return self.joint.output(x, self)
-        return linear(x, self.own, self.kernels, self.keep_operands, self.fast_accumulation)
+        return linear(x, self.own, self.settings)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

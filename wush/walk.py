@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wush.algorithms import Algorithm, QuantizedWeight
-from wush.backends import Kernels
+from wush.backends import DEFAULT, Settings
 from wush.decoder import BlockCalls, find_blocks, linear_inputs, linears, record_calls, run_block
 from wush.device import without_waiting
 from wush.errors import NumericError, UnsupportedModelError
@@ -94,7 +94,7 @@ class _Work:
     calls: list[BlockCalls]
     saved: SavedBlocks | None
     progress: Progress
-    kernels: Kernels
+    settings: Settings
 
 
 @torch.no_grad()
@@ -110,14 +110,14 @@ def quantize(
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
     saved: SavedBlocks | None = None,
-    kernels: Kernels = "auto",
+    settings: Settings = DEFAULT,
 ) -> nn.Module:
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
     as `*.down_proj`. `report` is filled in with each block as it is done, and `on_block` called. Blocks that `saved`
-    has are restored, and each new one is given to it: the result is the same, bit for bit. `kernels`: what quantized
-    layers run on (`wush.use_kernels`). Raises `ValueError` for a layer that does not fit the format or a pattern that
+    has are restored, and each new one is given to it: the result is the same, bit for bit. `settings`: what quantized
+    layers may run on. Raises `ValueError` for a layer that does not fit the format or a pattern that
     excludes nothing, before any work; `UnsupportedModelError`; `NumericError` that names the layer.
     """
     progress = progress or Silent()
@@ -129,7 +129,7 @@ def quantize(
     chosen = [_choose(f"{blocks_name}.{i}", block, exclude, report) for i, block in enumerate(blocks)]
     _check_layers(blocks_name, blocks, chosen, format)
     calls = _record_batches(model, blocks, batches, progress)
-    work = _Work(format, transform, algorithm, calls, saved, progress, kernels)
+    work = _Work(format, transform, algorithm, calls, saved, progress, settings)
     for index, block in progress.track(enumerate(blocks), "decoder blocks", len(blocks)):
         name = f"{blocks_name}.{index}"
         done = _restore(name, block, index, chosen[index], work) or _quantize_block(
@@ -178,7 +178,7 @@ def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _W
         own = {key.removeprefix(f"{layer.name}."): t for key, t in tensors.items() if key.startswith(f"{layer.name}.")}
         state = {key: tensor if key == "_extra_state" else tensor.to(device) for key, tensor in own.items()}
         block.set_submodule(
-            layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}", work.kernels)
+            layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}", work.settings)
         )
     _join(block, {layer.shared_input for layer in report.layers}, work.transform)
     for call in work.calls:
@@ -327,7 +327,7 @@ def _quantize_layers(
     for group, weights in zip(groups, results, strict=True):
         together = sum(originals[linear].weight.numel() for linear in group.names)
         for linear, weight in zip(group.names, weights, strict=True):
-            layer = QuantLinear(weight, work.format, originals[linear].bias, f"{name}.{linear}", work.kernels)
+            layer = QuantLinear(weight, work.format, originals[linear].bias, f"{name}.{linear}", work.settings)
             block.set_submodule(linear, layer)
             size = originals[linear].weight.numel()
             bits = _bits_per_weight(layer, size, together if work.transform.share else size)

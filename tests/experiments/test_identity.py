@@ -14,7 +14,7 @@ from wush.texts import EmbeddedText
     "override",
     [
         *("tracking=wandb", "device=auto", "progress=lines", "results=elsewhere", "sweep=mine", "keep_blocks=true"),
-        "kernels=torch",
+        *("kernels=torch", "keep_operands=false"),
         *("calibration.batch_size=1", "evaluation.batch_size=8"),
     ],
 )

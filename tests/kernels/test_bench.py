@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from wush import backends
+from wush.machine import Machine
 from wush_kernels.bench import __main__ as command
 from wush_kernels.bench import operands, promises, record, report, run, shapes
 from wush_kernels.bench.layers import NOT_KEPT
@@ -429,7 +430,7 @@ def test_the_readme_says_what_is_chosen() -> None:
     for capability, (name, fmt) in itertools.product(((8, 9), (9, 0)), operands.FORMATS.items()):
         said = {row[-1] for row in table if f"{capability[0]}.{capability[1]}" in row[0].split(", ") and name in row[1]}
         for rows, outputs in itertools.product((1, 33, 65, 300, 4096), (1024, 8192, 57344)):
-            choice = backends.choose(fmt, backends.Machine(capability), rows, backends.Shape(outputs, 4096))
+            choice = backends.choose(fmt, Machine(capability), rows, backends.Shape(outputs, 4096))
             assert any(f"`{choice.matmul}`" in cell for cell in said), (capability, name, rows, outputs)
 
 

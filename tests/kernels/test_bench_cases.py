@@ -185,7 +185,7 @@ def test_the_memory_saving_mode_is_measured_at_one_shape_and_many_tokens() -> No
 def test_layers_keep_copies_or_not_as_they_are_told(keep: bool) -> None:
     shape = shapes.LayerShape(48, 64, ())
     own = layers.Layers(operands.FORMATS["mxfp4"], shape, Effort(cold_bytes=1), keep)
-    assert {layer.keep_operands for layer in own.copies} == {keep}
+    assert {layer.settings.keep_operands for layer in own.copies} == {keep}
     assert not own.errors(3).wrong()
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 import wush
 from wush import backends
 from wush.algorithms import QuantizedWeight
-from wush.backends import DECODE_ROWS, SMALL_TILES, Kernels, Machine, Shape, choose
+from wush.backends import DECODE_ROWS, SMALL_TILES, Kernels, Settings, Shape, choose
 from wush.formats import Format
+from wush.machine import Machine
 from wush.operands import PRODUCTS, bits_of, operands_of
 from wush_kernels.support import INTERPRETED
 
@@ -283,7 +284,7 @@ def test_state_dict_and_copies_give_the_same_bits(kernels: Kernels, generator: t
     x = torch.randn(5, 96, generator=generator)
     expected = ours(x)
     assert set(ours.state_dict()) == {"packed_weight", "scales", "transform", "bias", "_extra_state"}
-    restored = wush.QuantLinear.from_state(ours.state_dict(), ours.format, kernels=kernels)
+    restored = wush.QuantLinear.from_state(ours.state_dict(), ours.format, settings=Settings(kernels))
     assert torch.equal(restored(x), expected)
     assert torch.equal(copy.deepcopy(ours)(x), expected)
 

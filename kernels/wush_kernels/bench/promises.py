@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from wush.backends import Machine, Shape, choose
+from wush.backends import Shape, choose
+from wush.machine import Machine
 from wush_kernels.bench import kernels, products
 from wush_kernels.bench.measurement import ADDMM, BF16, Ceilings, Measurement
 from wush_kernels.bench.operands import FORMATS
