@@ -4,7 +4,7 @@
 numbers, so the only rounding is that of the sums, promoted to float32 every `BLOCK_I` columns.
 
 Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(ceil(I / SPAN), M)`
-(`wush_kernels.fp8_operand.fp8_operand_spans`); packed weights `(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32,
+(`wush_kernels.fp8_spans`); packed weights `(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32,
 four groups' to a word, each above its row's base plus 13, with `w_scales` `(O,)` (`wush_kernels.encode.exponents`);
 bias `(O,)`; the result `(M, O)`.
 Weights are the tall side of the product. The columns are split among programs; the last one of a tile to finish adds
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wush_kernels import fp8_operand
+from wush_kernels import fp8_spans
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
@@ -29,7 +29,7 @@ from wush_kernels.workspace import workspace
 
 G = 32
 SUMS_BOUND = 2.0**-12  # of the sum of magnitudes: what FP8 tensor cores lose of a product between promotions
-SPAN: tl.constexpr = tl.constexpr(fp8_operand.SPAN)
+SPAN: tl.constexpr = tl.constexpr(fp8_spans.SPAN)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 # Four bytes of codes: look the eight magnitudes up, sort even from odd columns, put the signs in place.
