@@ -180,6 +180,6 @@ def offline_cases() -> Iterator[Case]:
         constants = launch.offline_constants("mxfp4", transform)
         constants |= {"RULE": "paper", "LOWEST": WINDOW[0], "HIGHEST": WINDOW[1]}
         own = {key: kind for key, kind in types.items() if key not in constants}
-        patterns = ("cvt.rn.satfinite.e5m2x2", *(() if transform == "none" else ("mma",)))
+        patterns = ("cvt.rn.satfinite.e5m2x2", *launch.offline_products(transform))
         expects = dict.fromkeys((90, 100, 120), patterns)
         yield Case(f"transform {transform}", _kernel, own, constants, expects, odd=("flags",))

@@ -104,5 +104,5 @@ def offline_cases() -> Iterator[Case]:
     for name, rule, transform in (("mxfp4", "paper", "block"), ("nvfp4", "fixed", "block"), ("mxfp8", "ocp", "none")):
         constants = launch.offline_constants(name, transform) | {"FORMAT": name, "RULE": rule}
         own = {key: kind for key, kind in types.items() if key not in constants}
-        expects = dict.fromkeys((90, 100, 120), () if transform == "none" else ("mma",))
+        expects = dict.fromkeys((90, 100, 120), launch.offline_products(transform))
         yield Case(f"{name}, transform {transform}", _kernel, own, constants, expects)

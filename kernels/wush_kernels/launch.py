@@ -65,6 +65,11 @@ def offline_types(**own: str) -> dict[str, str]:
     return common | own
 
 
+def offline_products(transform: str) -> tuple[str, ...]:
+    """Patterns of the tensor core instructions that apply a bfloat16 transform."""
+    return () if transform == "none" else (r"mma\.sync\S*m16n8k16\S*bf16\.bf16",)
+
+
 def offline_constants(name: str, transform: str) -> dict[str, object]:
     """The constants of a large launch."""
     size = 16 if name == "nvfp4" else 32

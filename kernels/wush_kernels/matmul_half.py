@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
-from wush_kernels.offline import Case
+from wush_kernels.offline import CAPABILITIES, Case
 from wush_kernels.split import finish, plan_splits
 from wush_kernels.support import INTERPRETED, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
@@ -198,7 +198,7 @@ def _(a: Tensor, packed: Tensor, scales: Tensor, alpha: float, bias: Tensor | No
 def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[str, int]:
     """The tile sizes, splits, warps and pipeline stages of a product: the fastest of those tried on an H100."""
     block_m = max(16, min(128, triton.next_power_of_2(rows)))
-    sizes = (128, 128, 4, 4) if block_m <= 32 else (256, 128, 8, 3) if block_m == 64 else (128, 128, 8, 3)
+    sizes = (128, 128, 8, 4) if block_m <= 32 else (256, 128, 8, 3) if block_m == 64 else (128, 128, 8, 3)
     tile = dict(zip(("BLOCK_O", "BLOCK_I", "num_warps", "num_stages"), sizes, strict=True))
     tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, block_m)
     splits = plan_splits(tiles, triton.cdiv(features, tile["BLOCK_I"]), device)
@@ -240,18 +240,20 @@ def reference_matmul_half(
 
 
 def offline_cases() -> Iterator[Case]:
-    """Decode with 16 and with 64 tokens."""
+    """The tiles of products with few and more tokens."""
     types = {"a": "*fp16", "packed": "*u8", "scales": "*i32", "out": "*bf16", "counters": "*i32"}
     types |= {"partial": "*fp32", "bias": "*bf16", "alpha": "fp32"}
     types |= dict.fromkeys(("M", "O", "I", "row_bytes"), "i32")
     # ld.shared.b16: codes are read in the operand's layout, so weights stay in registers
-    patterns = {90: r"(?s)ld\.shared\.b16.*wgmma\.mma_async\S*f16", 100: "mma", 120: "mma.sync"}
+    patterns = {90: r"(?s)ld\.shared\.b16.*wgmma\.mma_async\S*f16", 100: r"tcgen05\.mma\S*kind::f16"}
+    patterns[120] = r"mma\.sync\S*f16\.f16"
     expects = {capability: (pattern, "mul.rn.f16x2") for capability, pattern in patterns.items()}
-    for tokens, output_tile, warps, stages in ((16, 128, 4, 4), (64, 256, 8, 3)):
-        constants = {
-            "SPLIT": True, "BLOCK_O": output_tile, "BLOCK_M": tokens, "BLOCK_I": 128, "WHOLE": True,
-            "HAS_BIAS": True, "FACTORS": _FACTORS, "DECODE": _DECODE, "EMULATE": False,
-        }  # fmt: skip
+    for rows in (16, 64):
+        tile = plan(rows, 4096, 4096, torch.device("cpu"))
+        constants: dict[str, object] = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
+        constants |= {"SPLIT": True, "WHOLE": True, "HAS_BIAS": True}
+        constants |= {"FACTORS": _FACTORS, "DECODE": _DECODE, "EMULATE": False}
+        warps, stages = tile["num_warps"], tile["num_stages"]
         # 256 rows a tile spill on sm_120, which multiplies in registers; there 64 tokens take the 16-bit path
-        on = (90, 100, 120) if tokens == 16 else (90, 100)
-        yield Case(f"{tokens} tokens", _kernel, types, constants, expects, warps, stages, odd=("M",), capabilities=on)
+        on = CAPABILITIES if rows == 16 else (90, 100)
+        yield Case(f"{rows} tokens", _kernel, types, constants, expects, warps, stages, ("M",), capabilities=on)

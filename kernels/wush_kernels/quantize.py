@@ -142,5 +142,5 @@ def offline_cases() -> Iterator[Case]:
         constants = launch.offline_constants(name, transform)
         constants |= {"FORMAT": name, "RULE": rule, "ELEMENT": ELEMENTS[name, rule]}
         own = {key: kind for key, kind in types.items() if key not in constants}
-        expects = dict.fromkeys((90, 100, 120), () if transform == "none" else ("mma",))
+        expects = dict.fromkeys((90, 100, 120), launch.offline_products(transform))
         yield Case(f"{name} {rule}, transform {transform}", _kernel, own, constants, expects)
