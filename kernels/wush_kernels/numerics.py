@@ -93,7 +93,7 @@ def _e2m1_code(binade, magnitude, sign, threshold):
     magic = _e2m1_magic(binade, threshold).to(tl.float32, bitcast=True)
     steps = (magnitude + magic).to(tl.int32, bitcast=True) - threshold
     code = steps + (steps >> 22)
-    return code ^ ((code ^ (sign.to(tl.int32, bitcast=True) >> 28)) & 8)  # bit 3 from the sign
+    return code | ((sign.to(tl.int32, bitcast=True) >> 28) & 8)
 
 
 @triton.jit
