@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
-# Up to so many tokens packed weights are decoded in registers, and in larger products up to so many; beyond, copies of
-# the weight win. A product is small with at most so many tiles of 64 x 64: for torch's matmul, too few to fill the GPU.
-# Measured with whole layers on an H100.
-DECODE_ROWS = {"mxfp4": (32, 64), "nvfp4": (32, 32)}
+# Up to so many tokens packed weights are decoded in registers; beyond, copies of the weight win. Products of at most so
+# many tiles of 64 x 64 are too small to fill the GPU with torch's matmul. Measured with whole layers on an H100.
+DECODE_ROWS = {"mxfp4": 64, "nvfp4": 32}
 SMALL_TILES = 256
 HOPPER = (9, 0)
 TENSOR_CORES_BF16 = (8, 0)
@@ -120,19 +119,13 @@ def _suited(fmt: Format, rows: int, out_features: int) -> tuple[str, tuple[str, 
     """The band of sizes that a product is in, and the matmuls that suit it on GPUs without FP4, best first."""
     if fmt.name not in DECODE_ROWS:
         return "any M", ("packed", "half")
-    few, more = DECODE_ROWS[fmt.name]
-    packed = {"mxfp4": ("matmul_fp8",), "nvfp4": ("matmul_half",)}[fmt.name]
+    few = DECODE_ROWS[fmt.name]
     copies = ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
     if rows <= few:
-        return f"M <= {few}", packed + copies
-    if few == more:
-        return f"M > {few}", copies
-    if -(-out_features // 64) * -(-rows // 64) <= SMALL_TILES:
-        again = packed if rows <= more else ()
-        return f"M > {few}, {SMALL_TILES} tiles or fewer", ("matmul_fp8_copy", *again, *copies)
-    if rows <= more:
-        return f"M <= {more}, more than {SMALL_TILES} tiles", packed + copies
-    return f"M > {more}, more than {SMALL_TILES} tiles", copies
+        return f"M <= {few}", ({"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}[fmt.name], *copies)
+    if fmt.name == "mxfp4" and -(-out_features // 64) * -(-rows // 64) <= SMALL_TILES:
+        return f"M > {few}, {SMALL_TILES} tiles or fewer", ("matmul_fp8_copy", *copies)
+    return f"M > {few}" + f", more than {SMALL_TILES} tiles" * (fmt.name == "mxfp4"), copies
 
 
 def _candidates(fmt: Format, machine: Machine, suited: tuple[str, ...], requested: Kernels) -> tuple[str, ...]:

@@ -23,8 +23,8 @@ from wush_kernels import fp8_spans
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
-from wush_kernels.split import finish, plan_splits, share_of_waves
-from wush_kernels.support import INTERPRETED, check_tensor, operator, require_support
+from wush_kernels.split import finish, plan_splits
+from wush_kernels.support import INTERPRETED, check_aligned, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
 
 G = 32
@@ -172,6 +172,7 @@ def _matmul_fp8(
     dtype: torch.dtype,
 ) -> Tensor:
     (rows, features), outputs = a.shape, len(packed)
+    check_aligned(packed, "matmul_fp8: packed")
     out = a.new_empty(rows, outputs, dtype=dtype)
     if out.numel():
         tile = plan(rows, outputs, features, a.device)
@@ -195,18 +196,13 @@ def _(
 
 def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[str, int]:
     """The tile sizes, splits, warps and pipeline stages of a product: the fastest of those tried on an H100."""
-    block_m = max(16, min(128, triton.next_power_of_2(rows)))
-    if block_m <= 32:
-        tiles = [(64, 128, 4, 4)] if outputs * features < 1 << 25 else [(128, 256, 8, 3)]
-    else:
-        tiles = [(128, 128, 4, 4), (64, 256, 4, 3)] if block_m == 64 else [(128, 128, 8, 3)]
-    plans = []
-    for block_o, block_i, warps, stages in tiles:
-        grid = triton.cdiv(outputs, block_o) * triton.cdiv(rows, block_m)
-        splits = plan_splits(grid, triton.cdiv(features, block_i), device)
-        tile = {"BLOCK_O": block_o, "BLOCK_I": block_i, "num_warps": warps, "num_stages": stages}
-        plans.append((grid * splits, tile | {"BLOCK_M": block_m, "SPLITS": splits}))
-    return max(plans, key=lambda plan: share_of_waves(plan[0], device) - 0.02 * plan[1]["SPLITS"])[1]
+    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    tall = block_m == 64 and outputs >= 1 << 14
+    tile = {"BLOCK_O": 128 if tall else 64, "BLOCK_M": block_m, "BLOCK_I": 256, "num_warps": 8 if tall else 4}
+    tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, block_m)
+    resident = 1 if tall else 2 if block_m == 64 else 3
+    splits = plan_splits(tiles, triton.cdiv(features, 256), device, resident, fewest=4)
+    return tile | {"num_stages": 3, "SPLITS": splits}
 
 
 def launch(
@@ -264,7 +260,7 @@ def offline_cases() -> Iterator[Case]:
         100: (r"tcgen05\.mma\S*kind::f8f6f4", "prmt.b32"),
         120: (r"mma\.sync\S*e5m2\.e5m2", "prmt.b32"),
     }
-    for rows, size in ((16, 4096), (16, 8192), (64, 8192)):
+    for rows, size in ((16, 4096), (64, 4096), (64, 16384)):
         tile = plan(rows, size, size, torch.device("cpu"))
         constants: dict[str, object] = {name: tile[name] for name in ("BLOCK_O", "BLOCK_M", "BLOCK_I")}
         constants |= {"SPLIT": True, "WHOLE": True, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False}

@@ -126,8 +126,8 @@ def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[s
     narrow = rows <= 64 or triton.cdiv(outputs, 64) * triton.cdiv(rows, 64) <= processors(device)
     tile = {"BLOCK_O": 64, "BLOCK_M": 64 if narrow else 128, "BLOCK_I": 256, "num_warps": 4, "num_stages": 3}
     tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, tile["BLOCK_M"])
-    # of the wider tile one program fits a multiprocessor
-    return tile | {"SPLITS": plan_splits(tiles, triton.cdiv(features, 256), device, per_processor=2 if narrow else 1)}
+    resident = 2 if narrow else 1  # programs that fit a multiprocessor
+    return tile | {"SPLITS": plan_splits(tiles, triton.cdiv(features, 256), device, resident, fewest=16)}
 
 
 def launch(

@@ -21,7 +21,7 @@ from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unp
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import CAPABILITIES, Case
 from wush_kernels.split import finish, plan_splits
-from wush_kernels.support import INTERPRETED, check_tensor, operator, require_support
+from wush_kernels.support import INTERPRETED, check_aligned, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
 
 G = 16
@@ -184,6 +184,7 @@ def _matmul_half(
     a: Tensor, packed: Tensor, scales: Tensor, alpha: float, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     (rows, features), outputs = a.shape, len(packed)
+    check_aligned(packed, "matmul_half: packed")
     out = a.new_empty(rows, outputs, dtype=dtype)
     if out.numel():
         launch(plan(rows, outputs, features, a.device), a, packed, scales, alpha, bias, out)
@@ -201,7 +202,7 @@ def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[s
     sizes = (128, 128, 8, 4) if block_m <= 32 else (256, 128, 8, 3) if block_m == 64 else (128, 128, 8, 3)
     tile = dict(zip(("BLOCK_O", "BLOCK_I", "num_warps", "num_stages"), sizes, strict=True))
     tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, block_m)
-    splits = plan_splits(tiles, triton.cdiv(features, tile["BLOCK_I"]), device)
+    splits = plan_splits(tiles, triton.cdiv(features, tile["BLOCK_I"]), device, 2, fewest=8)
     return tile | {"BLOCK_M": block_m, "SPLITS": splits}
 
 

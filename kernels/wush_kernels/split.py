@@ -12,16 +12,23 @@ import triton.language as tl
 MOST_SPLITS = 16  # of a tile, whose sums one program adds
 
 
-def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int = 2) -> int:
-    """How many programs share the columns of a tile, so that `per_processor` programs run on each multiprocessor."""
+def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int, fewest: int) -> int:
+    """How many programs share the steps of a tile, with `per_processor` programs at a time on each multiprocessor.
+
+    As many as fill the GPU best, but that each has `fewest` steps where every multiprocessor has a program.
+    """
     if device.type != "cuda":
         return min(2, steps)
-    return max(1, min(processors(device) * per_processor // tiles, steps // 2, MOST_SPLITS))
-
-
-def share_of_waves(programs: int, device: torch.device, per_processor: int = 2) -> float:
-    """How full the GPU is on average, with `per_processor` programs at a time on each multiprocessor."""
     slots = processors(device) * per_processor
+    if tiles >= slots:
+        return 1
+    most = min(MOST_SPLITS, steps // 2, max(processors(device) // tiles, steps // fewest))
+    # A split more costs what a fiftieth of the GPU would.
+    return max(range(1, max(1, most) + 1), key=lambda splits: _share_of_waves(tiles * splits, slots) - 0.02 * splits)
+
+
+def _share_of_waves(programs: int, slots: int) -> float:
+    """How full the GPU is on average, with `slots` programs at a time."""
     return programs / (triton.cdiv(programs, slots) * slots)
 
 

@@ -56,6 +56,12 @@ def require_support(x: Tensor, kernel: str) -> None:
         raise RuntimeError(f"{kernel}: {reason}; use kernels=torch")
 
 
+def check_aligned(tensor: Tensor, what: str) -> None:
+    """Raise `ValueError` for a tensor that kernels read in words and that does not start at one."""
+    if tensor.data_ptr() % 4:
+        raise ValueError(f"{what}: starts at an address that is no multiple of 4 bytes; call .clone() on it")
+
+
 def check_tensor(
     tensor: Tensor,
     what: str,

@@ -148,6 +148,9 @@ def test_bad_operands_are_told_apart(device: torch.device, generator: torch.Gene
         matmul_fp8(a, a_scales, packed[:, :64].contiguous(), relative, w_scales, 1.0)
     with pytest.raises(ValueError, match="not contiguous"):
         matmul_fp8(a, a_scales, packed.T.contiguous().T, relative, w_scales, 1.0)
+    shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=device)[1:].view_as(packed)
+    with pytest.raises(ValueError, match="matmul_fp8: packed: starts at an address that is no multiple of 4 bytes"):
+        matmul_fp8(a, a_scales, shifted, relative, w_scales, 1.0)
     a, a_scales, copy, w_scales = copied(x, weight)
     with pytest.raises(ValueError, match=r"matmul_fp8_copy: a_scales: shape \(2,\), where \(1, 2\) is needed"):
         matmul_fp8_copy(a, a_scales[0], copy, w_scales, 1.0)

@@ -14,7 +14,7 @@ from wush.algorithms import QuantizedWeight
 from wush.backends import DECODE_ROWS, SMALL_TILES, Kernels, Settings, Shape, choose
 from wush.formats import Format
 from wush.machine import Machine
-from wush.operands import PRODUCTS, bits_of, operands_of
+from wush.operands import PRODUCTS, How, bits_of, operands_of
 from wush_kernels.support import INTERPRETED
 
 FORMATS = [wush.MXFP4, wush.Mxfp4("ocp"), wush.NVFP4, wush.Nvfp4("calibrated"), wush.INT4, wush.MXFP8]
@@ -59,7 +59,7 @@ def exact(ours: wush.QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
 
 # The choice
 
-FEW, MORE = DECODE_ROWS["mxfp4"]  # 4,096 outputs are 64 tiles for 64 tokens
+FEW = DECODE_ROWS["mxfp4"]  # 4,096 outputs are 64 tiles for 64 tokens
 TABLE: list[tuple[Format, Machine, int, Kernels, str, str]] = [
     (wush.MXFP4, H100, 1, "auto", "triton", "matmul_fp8"),
     (wush.MXFP4, H100, FEW, "auto", "triton", "matmul_fp8"),
@@ -72,14 +72,13 @@ TABLE: list[tuple[Format, Machine, int, Kernels, str, str]] = [
     (wush.MXFP4, H100, 1, "scaled_mm", "triton", "scaled_mm"),
     (wush.MXFP4, H100, 1, "torch", "torch", "torch"),
     (wush.NVFP4, H100, 1, "auto", "triton", "matmul_half"),
-    (wush.NVFP4, H100, DECODE_ROWS["nvfp4"][0] + 1, "auto", "triton", "half"),
+    (wush.NVFP4, H100, DECODE_ROWS["nvfp4"] + 1, "auto", "triton", "half"),
     (wush.NVFP4, H100, 4096, "triton", "triton", "matmul_half"),
     (wush.NVFP4, H100, 1, "scaled_mm", "triton", "half"),
     (wush.MXFP8, H100, 1, "auto", "triton", "half"),
     (wush.INT4, H100, 1, "auto", "triton", "torch"),
     (wush.MXFP4, ADA, 1, "auto", "triton", "matmul_fp8"),
-    (wush.MXFP4, ADA, MORE, "auto", "triton", "matmul_fp8"),
-    (wush.MXFP4, ADA, MORE + 1, "auto", "triton", "scaled_mm"),
+    (wush.MXFP4, ADA, FEW + 1, "auto", "triton", "scaled_mm"),
     (wush.MXFP4, B200, 1, "auto", "triton", "scaled_mm_fp4"),
     (wush.NVFP4, B200, 4096, "auto", "triton", "scaled_mm_fp4"),
     (wush.MXFP4, replace(B200, no_scaled_fp4="not built"), 1, "auto", "triton", "dot_scaled"),
@@ -111,9 +110,8 @@ def test_the_choice_by_format_machine_and_tokens(
 FALLBACKS = [
     (replace(SHAPE, misses=(3, 5)), 1, "half", "3 groups have exponents outside the window"),
     (replace(SHAPE, misses=(0, 5)), 1, "matmul_fp8", ""),
-    (replace(SHAPE, misses=(0, 5)), MORE, "matmul_fp8", "not matmul_fp8_copy: 5 groups have exponents outside"),
-    (replace(SHAPE, out_features=28672), MORE, "matmul_fp8", f"M <= {MORE}, more than {SMALL_TILES} tiles"),
-    (replace(SHAPE, out_features=28672), MORE + 1, "scaled_mm", f"M > {MORE}, more than {SMALL_TILES} tiles"),
+    (replace(SHAPE, misses=(0, 5)), FEW + 1, "half", "not matmul_fp8_copy: 5 groups have exponents outside"),
+    (replace(SHAPE, out_features=28672), FEW + 1, "scaled_mm", f"M > {FEW}, more than {SMALL_TILES} tiles"),
     (replace(SHAPE, misses=(0, 5)), 4096, "half", "5 groups have exponents outside the FP8 window"),
     (replace(SHAPE, out_features=8200), 4096, "half", "8200 x 4096 are not multiples of 16"),
     (replace(SHAPE, dtype=torch.float32), 1, "torch", "a float32 model"),
@@ -196,7 +194,7 @@ def test_half_operands_of_torch_alone_give_the_same_product(fmt: Format, generat
     ours = layer(fmt, transform="none")
     x = torch.randn(5, 96, generator=generator)
     expected, magnitude = exact(ours, x)
-    found = PRODUCTS["half"](x, ours.own, operands_of(ours.own), "torch", True)
+    found = PRODUCTS["half"](x, ours.own, operands_of(ours.own), How("torch"))
     assert ((found.double() - expected).abs() <= BOUND * (magnitude + 1)).all()
 
 
@@ -369,4 +367,4 @@ def test_the_operator_keeps_its_promises(kernels: Kernels, fmt: Format, generato
     arguments = (own.packed, bits_of(own.scales), own.transform, own.bias, fmt.name, fmt.scale_rule, own.global_scale)
     for shape in ((3, 96), (2, 3, 96), (0, 96)):
         x = torch.randn(shape, generator=generator)
-        torch.library.opcheck(torch.ops.wush.linear.default, (x, *arguments, kernels, True))
+        torch.library.opcheck(torch.ops.wush.linear.default, (x, *arguments, kernels, True, False))
