@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
-# Up to so many tokens packed weights are decoded in registers; beyond, copies of the weight win. Products of at most so
-# many tiles of 64 x 64 are too small to fill the GPU with torch's matmul. Measured with whole layers on an H100.
+# Up to so many tokens packed weights are decoded in registers, and in MXFP4 products of so few tiles of 64 x 64 that
+# torch's matmul leaves most of the GPU idle; beyond, copies of the weight win. Measured with whole layers on an H100.
 DECODE_ROWS = {"mxfp4": 64, "nvfp4": 32}
-SMALL_TILES = 256
-HOPPER = (9, 0)
+SMALL_TILES = 128
 TENSOR_CORES_BF16 = (8, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {
@@ -119,13 +118,15 @@ def _suited(fmt: Format, rows: int, out_features: int) -> tuple[str, tuple[str, 
     """The band of sizes that a product is in, and the matmuls that suit it on GPUs without FP4, best first."""
     if fmt.name not in DECODE_ROWS:
         return "any M", ("packed", "half")
-    few = DECODE_ROWS[fmt.name]
+    few, packed = DECODE_ROWS[fmt.name], {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}[fmt.name]
     copies = ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
     if rows <= few:
-        return f"M <= {few}", ({"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}[fmt.name], *copies)
-    if fmt.name == "mxfp4" and -(-out_features // 64) * -(-rows // 64) <= SMALL_TILES:
-        return f"M > {few}, {SMALL_TILES} tiles or fewer", ("matmul_fp8_copy", *copies)
-    return f"M > {few}" + f", more than {SMALL_TILES} tiles" * (fmt.name == "mxfp4"), copies
+        return f"M <= {few}", (packed, *copies)
+    if fmt.name == "nvfp4":
+        return f"M > {few}", copies
+    if -(-out_features // 64) * -(-rows // 64) <= SMALL_TILES:
+        return f"M > {few}, {SMALL_TILES} tiles or fewer", (packed, *copies)
+    return f"M > {few}, more than {SMALL_TILES} tiles", copies
 
 
 def _candidates(fmt: Format, machine: Machine, suited: tuple[str, ...], requested: Kernels) -> tuple[str, ...]:
@@ -133,8 +134,7 @@ def _candidates(fmt: Format, machine: Machine, suited: tuple[str, ...], requeste
     if machine.capability and machine.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
         return ("dot_scaled", "half") if requested == "triton" else ("scaled_mm_fp4", "dot_scaled", "half")
     if requested == "triton":
-        ours = tuple(name for name in suited if name.startswith("matmul"))
-        return (*ours, {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed"), "half")
+        return {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed"), "half"
     return ("scaled_mm", "half") if requested == "scaled_mm" else suited
 
 
@@ -154,9 +154,7 @@ def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str |
         return "the input needs a kernel of Triton"
     if matmul == "matmul_fp8" and shape.misses[0]:
         return f"{shape.misses[0]} groups have exponents outside the window of their row"
-    if matmul == "matmul_fp8_copy" and machine.capability not in (None, HOPPER):
-        return "its tiles are made for compute capability 9.0"
-    if matmul in ("scaled_mm", "matmul_fp8_copy") and shape.misses[1]:
+    if matmul == "scaled_mm" and shape.misses[1]:
         return f"{shape.misses[1]} groups have exponents outside the FP8 window of their row"
     if matmul in ("scaled_mm", "scaled_mm_fp4") and (o % 16 or i % 16):
         return f"{o} x {i} are not multiples of 16"
@@ -259,7 +257,7 @@ def _chosen(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, k
     shape = Shape(len(weight.packed), weight.scales.shape[1] * fmt.group_size, dtype)
     offered = machine(weight.packed.device, dtype, fmt) if _known(fmt) else Machine(None)
     choice = choose(fmt, offered, rows, shape, kernels)
-    if choice.matmul in ("matmul_fp8", "matmul_fp8_copy", "scaled_mm"):
+    if choice.matmul in ("matmul_fp8", "scaled_mm"):
         shape = replace(shape, misses=operands.misses(weight))
         choice = choose(fmt, offered, rows, shape, kernels)
     return choice

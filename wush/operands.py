@@ -93,13 +93,6 @@ class Operands:
 
         return self.get("row bases", lambda: fp8_row_bases(weight.packed, weight.scales))
 
-    def fp8_copy(self, weight: Weight, keep: bool) -> tuple[Tensor, Tensor]:
-        """An MXFP4 weight over its global scale as E4M3 `(O, I)`, in operand order, and its rows' scales `(O,)`."""
-        from wush_kernels.encode import fp8_weight
-
-        rows = self.row_bases(weight)
-        return self.get("fp8", lambda: fp8_weight(weight.packed, weight.scales, rows).bytes, keep), rows.row_scales
-
     def misses(self, weight: Weight) -> tuple[int, int]:
         """How many groups of an MXFP4 weight no exponent of the decode kernel's window holds, and no E4M3 number.
 
@@ -183,22 +176,14 @@ def packed_half_product(x: Tensor, weight: Weight, operands: Operands, how: How)
     return matmul_half(a, weight.packed, scales, weight.alpha, weight.bias, x.dtype)
 
 
-def fp8_copy_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
-    """MXFP4 on FP8 tensor cores by our kernel, with an E4M3 copy of the weight."""
-    from wush_kernels.fp8_spans import fp8_spans
-    from wush_kernels.matmul_fp8_copy import matmul_fp8_copy
-
-    a, a_scales = fp8_spans(x, weight.format, weight.transform)
-    copy, row_scales = operands.fp8_copy(weight, how.keep)
-    return matmul_fp8_copy(a, a_scales, copy, row_scales, weight.alpha, weight.bias, x.dtype)
-
-
 def fp8_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """MXFP4 by torch's row-wise scaled matmul: E5M2 inputs, an E4M3 copy of the weight."""
+    from wush_kernels.encode import fp8_weight
     from wush_kernels.fp8_operand import fp8_operand
 
-    copy, row_scales = operands.fp8_copy(weight, how.keep)
-    w_scales = operands.get("fp8 scales", lambda: (row_scales * weight.alpha)[None])
+    rows = operands.row_bases(weight)
+    copy = operands.get("fp8", lambda: fp8_weight(weight.packed, weight.scales, rows).bytes, how.keep)
+    w_scales = operands.get("fp8 scales", lambda: (rows.row_scales * weight.alpha)[None])
     a, a_scales = fp8_operand(x, weight.format, weight.transform)
     return scaled_mm(a, a_scales[:, None], copy, w_scales, weight.bias, x.dtype, how.fast)
 
@@ -297,7 +282,6 @@ def _natural_half_weight(weight: Weight) -> Tensor:
 PRODUCTS: dict[str, Callable[[Tensor, Weight, Operands, How], Tensor]] = {
     "torch": torch_product,
     "matmul_fp8": packed_fp8_product,
-    "matmul_fp8_copy": fp8_copy_product,
     "matmul_half": packed_half_product,
     "scaled_mm": fp8_product,
     "half": half_product,

@@ -75,7 +75,6 @@ def test_every_kernel_runs_and_is_right_at_tiny_sizes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(products, "SHAPES", ((64, 64), (48, 128)))
     monkeypatch.setattr(products, "DECODE_TOKENS", (1, 2, 3))
     monkeypatch.setattr(products, "PREFILL_TOKENS", (4, 5))
-    monkeypatch.setattr(products, "COPY_TOKENS", (2, 3))
     monkeypatch.setattr(kernels, "SWEPT_ROWS", (20,))
     names, variants = set(), set()
     for one in kernels.cases(Effort(cold_bytes=1), quick=True):
@@ -99,7 +98,6 @@ def test_every_kernel_runs_and_is_right_at_tiny_sizes(monkeypatch: pytest.Monkey
     }
     assert names == expected | {
         "fp8_spans",
-        "matmul_fp8_copy",
         "scaled_mm",
         "second_moment",
         "half_weight",

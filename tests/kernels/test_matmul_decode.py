@@ -1,15 +1,14 @@
-"""Products with weights decoded in registers or copied to FP8, against float64 products of the same codes."""
+"""Products with weights decoded in registers, against float64 products of the same codes."""
 
 import pytest
 import torch
 from torch import Tensor
 
 import wush
-from wush_kernels.encode import DECODE_WINDOW, exponents, fp8_weight, words
+from wush_kernels.encode import DECODE_WINDOW, exponents, words
 from wush_kernels.fp8_spans import fp8_spans
 from wush_kernels.half_operand import half_operand
 from wush_kernels.matmul_fp8 import SUMS_BOUND, matmul_fp8, reference_matmul_fp8
-from wush_kernels.matmul_fp8_copy import matmul_fp8_copy, reference_matmul_fp8_copy
 from wush_kernels.matmul_half import matmul_half, reference_matmul_half
 from wush_kernels.quantize import quantize
 
@@ -33,11 +32,6 @@ def fp8(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return *fp8_spans(x, wush.MXFP4), packed, rows.relative, rows.row_scales
 
 
-def copied(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    made = fp8_weight(*quantize(weight, wush.MXFP4))
-    return *fp8_spans(x, wush.MXFP4), made.bytes, made.row_scales
-
-
 def half(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     packed, scales = quantize(weight, wush.NVFP4)
     return half_operand(x, wush.NVFP4, None, torch.float16), packed, words(scales.view(torch.uint8))
@@ -49,40 +43,28 @@ def exact(x: Tensor, weight: Tensor, fmt: wush.Format) -> tuple[Tensor, Tensor]:
     return a @ w.T, a.abs() @ w.abs().T
 
 
-MXFP4 = {
-    "packed": (fp8, matmul_fp8, reference_matmul_fp8),
-    "copied": (copied, matmul_fp8_copy, reference_matmul_fp8_copy),
-}
-
-
-@pytest.mark.parametrize("kernel", MXFP4)
 @pytest.mark.parametrize("shape", [*SHAPES, (150, 70, 544)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_mxfp4_products_stay_within_the_accumulators_bound(
-    kernel: str, shape: tuple[int, int, int], biased: bool, device: torch.device, generator: torch.Generator
+    shape: tuple[int, int, int], biased: bool, device: torch.device, generator: torch.Generator
 ) -> None:
     x, weight, bias = operands(*shape, device, generator)
     x[0, :32] *= 2.0**20  # a span with a scale of its own
-    prepare, matmul, reference = MXFP4[kernel]
-    prepared = prepare(x, weight)
+    prepared = fp8(x, weight)
     expected, size = exact(x, weight, wush.MXFP4)
-    assert ((reference(*prepared, 1 / 9) - expected).abs() <= FORMAT_ROUNDING * size).all()
-    y = matmul(*prepared, 1 / 9, bias if biased else None, torch.float32)
+    assert ((reference_matmul_fp8(*prepared, 1 / 9) - expected).abs() <= FORMAT_ROUNDING * size).all()
+    y = matmul_fp8(*prepared, 1 / 9, bias if biased else None, torch.float32)
     expected = expected + bias.double() if biased else expected
     bound = SUMS_BOUND if device.type == "cuda" else FP32_SUMS
     assert ((y.double() - expected).abs() <= bound * (size + 1)).all()
 
 
-@pytest.mark.parametrize("kernel", MXFP4)
-def test_long_sums_of_one_sign_stay_within_the_bound(
-    kernel: str, device: torch.device, generator: torch.Generator
-) -> None:
+def test_long_sums_of_one_sign_stay_within_the_bound(device: torch.device, generator: torch.Generator) -> None:
     rows, features = (16, 28672) if device.type == "cuda" else (2, 2048)
     x, weight, _ = operands(rows, 64, features, device, generator)
     x, weight = x.abs() + 0.5, weight.abs() + 0.01
-    prepare, matmul, _ = MXFP4[kernel]
     expected, size = exact(x, weight, wush.MXFP4)
-    y = matmul(*prepare(x, weight), 1 / 9, None, torch.float32)
+    y = matmul_fp8(*fp8(x, weight), 1 / 9, None, torch.float32)
     bound = SUMS_BOUND if device.type == "cuda" else FP32_SUMS
     assert ((y.double() - expected).abs() <= bound * size).all()
 
@@ -115,14 +97,13 @@ def test_split_sums_are_the_same_every_time(device: torch.device, generator: tor
     assert torch.equal(first, matmul_fp8(*fp8(x, weight), 1 / 9, None, torch.float32))
 
 
-@pytest.mark.parametrize("product", ["fp8", "copied", "half"])
+@pytest.mark.parametrize("product", ["fp8", "half"])
 def test_a_nan_row_stays_in_its_row(product: str, device: torch.device, generator: torch.Generator) -> None:
     if product != "half" and device.type == "cpu":
         pytest.skip("Triton's interpreter does not know E5M2's NaN")
     x, weight, _ = operands(3, 64, 256, device, generator)
     run = {
         "fp8": lambda x: matmul_fp8(*fp8(x, weight), 1 / 9),
-        "copied": lambda x: matmul_fp8_copy(*copied(x, weight), 1 / 9),
         "half": lambda x: matmul_half(*half(x, weight), 0.01),
     }
     clean = run[product](x)
@@ -135,7 +116,6 @@ def test_a_nan_row_stays_in_its_row(product: str, device: torch.device, generato
 def test_no_tokens_make_an_empty_result(device: torch.device, generator: torch.Generator) -> None:
     x, weight, _ = operands(0, 64, 256, device, generator)
     assert matmul_fp8(*fp8(x, weight), 1 / 9).shape == (0, 64)
-    assert matmul_fp8_copy(*copied(x, weight), 1 / 9).shape == (0, 64)
     assert matmul_half(*half(x, weight), 0.01).shape == (0, 64)
 
 
@@ -151,8 +131,3 @@ def test_bad_operands_are_told_apart(device: torch.device, generator: torch.Gene
     shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=device)[1:].view_as(packed)
     with pytest.raises(ValueError, match="matmul_fp8: packed: starts at an address that is no multiple of 4 bytes"):
         matmul_fp8(a, a_scales, shifted, relative, w_scales, 1.0)
-    a, a_scales, copy, w_scales = copied(x, weight)
-    with pytest.raises(ValueError, match=r"matmul_fp8_copy: a_scales: shape \(2,\), where \(1, 2\) is needed"):
-        matmul_fp8_copy(a, a_scales[0], copy, w_scales, 1.0)
-    with pytest.raises(TypeError, match="matmul_fp8_copy: weight: dtype float32, where float8_e4m3fn is needed"):
-        matmul_fp8_copy(a, a_scales, copy.float(), w_scales, 1.0)

@@ -20,7 +20,6 @@ from wush_kernels.bench.timing import Effort
 
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192), (8192, 28672))
 PREFILL_TOKENS = (64, 128, 256, 1024, 4096)
-COPY_TOKENS = (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,12 @@ class Matmul:
 
 
 def cases(effort: Effort, quick: bool) -> Iterator[Case]:
-    """Decode at few tokens, products with an FP8 copy at some, prefill at many, of each shape."""
+    """Decode at few tokens, prefill at many, of each shape."""
     for shape in SHAPES[1:2] if quick else SHAPES:
         baselines = Baselines(*shape, effort)
         for matmul in DECODE:
             for tokens in DECODE_TOKENS[::2] if quick else DECODE_TOKENS:
                 yield _case(matmul, tokens, shape, baselines, effort)
-        for tokens in COPY_TOKENS[1:2] if quick else COPY_TOKENS:
-            yield _case(COPY, tokens, shape, baselines, effort)
         for matmul in PREFILL:
             for tokens in PREFILL_TOKENS[-2:-1] if quick else PREFILL_TOKENS:
                 yield _case(matmul, tokens, shape, baselines, effort)
@@ -108,21 +105,6 @@ def _matmul_fp8(fmt: FourBit) -> Kernel:
     return Kernel(lambda x: fp8_spans(x, fmt), weight, product)
 
 
-def _matmul_fp8_copy(fmt: FourBit) -> Kernel:
-    from wush_kernels.encode import fp8_weight
-    from wush_kernels.fp8_spans import fp8_spans
-    from wush_kernels.matmul_fp8_copy import matmul_fp8_copy
-
-    def weight(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        made = fp8_weight(packed, scales)
-        return made.bytes, made.row_scales
-
-    def product(a: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor]) -> Tensor:
-        return matmul_fp8_copy(*a, *w, fmt.global_scale**2)
-
-    return Kernel(lambda x: fp8_spans(x, fmt), weight, product)
-
-
 def _matmul_half(fmt: FourBit) -> Kernel:
     from wush_kernels.encode import words
     from wush_kernels.half_operand import half_operand
@@ -159,7 +141,6 @@ DECODE = (
     Matmul("matmul_fp8", "mxfp4", MXFP4, _matmul_fp8, 1, MXFP4.bits_per_weight / 8, "fp8"),
     Matmul("matmul_half", "nvfp4", NVFP4, _matmul_half, 2, NVFP4.bits_per_weight / 8, "bf16"),
 )
-COPY = Matmul("matmul_fp8_copy", "mxfp4", MXFP4, _matmul_fp8_copy, 1, 1, "fp8")
 PREFILL = tuple(
     Matmul("scaled_mm", f"mxfp4 {'fast' if fast else 'accurate'}", MXFP4, _scaled_mm(fast), 1, 1, "fp8")
     for fast in (False, True)
