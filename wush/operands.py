@@ -157,10 +157,10 @@ def torch_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Te
 
 def packed_fp8_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """MXFP4 on FP8 tensor cores, the weight decoded in registers."""
-    from wush_kernels.fp8_spans import fp8_spans
+    from wush_kernels.fp8_operand import fp8_operand
     from wush_kernels.matmul_fp8 import matmul_fp8
 
-    a, a_scales = fp8_spans(x, weight.format, weight.transform)
+    a, a_scales = fp8_operand(x, weight.format, weight.transform)
     rows = operands.exponents(weight)
     return matmul_fp8(a, a_scales, weight.packed, rows.relative, rows.row_scales, weight.alpha, weight.bias, x.dtype)
 

@@ -36,7 +36,7 @@ def constants(rows: int, group_size: int, transform: Tensor | None) -> dict[str,
     return {
         "G": group_size,
         "TRANSFORM": "none" if transform is None else "shared" if transform.ndim == 2 else "block",
-        "ROWS": block_rows(rows),
+        "ROWS": _block_rows(rows),
         "BLOCKS": BLOCK_COLUMNS // group_size,
         "INTERPRET": INTERPRETED,
     }
@@ -44,10 +44,10 @@ def constants(rows: int, group_size: int, transform: Tensor | None) -> dict[str,
 
 def grid(rows: int, features: int) -> tuple[int, int]:
     """Blocks of rows, blocks of columns."""
-    return triton.cdiv(rows, block_rows(rows)), triton.cdiv(features, BLOCK_COLUMNS)
+    return triton.cdiv(rows, _block_rows(rows)), triton.cdiv(features, BLOCK_COLUMNS)
 
 
-def block_rows(rows: int) -> int:
+def _block_rows(rows: int) -> int:
     """Rows of a program's tile: few where there are few, so that more programs share the work."""
     return 16 if rows <= 64 else 32 if rows <= 256 else 64
 

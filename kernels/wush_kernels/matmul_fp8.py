@@ -1,12 +1,11 @@
 """MXFP4 x MXFP4 on FP8 tensor cores, with weights decoded from 4 bits in registers: for few tokens.
 
-`y[m, o] = alpha * w_scale[o] * sum_i a_scale[m, i] * a[m, i] * w[o, i] + bias[o]`. Both operands are exact E5M2
-numbers, so the only rounding is that of the sums, promoted to float32 every `BLOCK_I` columns.
+`y[m, o] = alpha * a_scale[m] * w_scale[o] * sum_i a[m, i] * w[o, i] + bias[o]`. Both operands are exact E5M2 numbers,
+so the only rounding is that of the sums, promoted to float32 every `BLOCK_I` columns.
 
-Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(ceil(I / SPAN), M)`
-(`wush_kernels.fp8_spans`); packed weights `(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32,
-four groups' to a word, each above its row's base plus 13, with `w_scales` `(O,)` (`wush_kernels.encode.exponents`);
-bias `(O,)`; the result `(M, O)`.
+Layouts: a `(M, I)` float8_e5m2 in operand order with `a_scales` `(M,)` (`wush_kernels.fp8_operand`); packed weights
+`(O, I / 2)` uint8; exponents `(ceil(I / 128), O)` int32, four groups' to a word, each above its row's base plus 13,
+with `w_scales` `(O,)` (`wush_kernels.encode.exponents`); bias `(O,)`; the result `(M, O)`.
 Weights are the tall side of the product. The columns are split among programs; the last one of a tile to finish adds
 the partial sums in a fixed order.
 """
@@ -19,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wush_kernels import fp8_spans
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
@@ -29,7 +27,6 @@ from wush_kernels.workspace import workspace
 
 G = 32
 SUMS_BOUND = 2.0**-12  # of the sum of magnitudes: what FP8 tensor cores lose of a product between promotions
-SPAN: tl.constexpr = tl.constexpr(fp8_spans.SPAN)
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 # A word of four bytes of codes: look the eight magnitudes up, sort even from odd columns, put the signs in place.
@@ -105,13 +102,9 @@ def _kernel(
     steps = tl.cdiv(I, BLOCK_I)
     first = steps * tl.program_id(2) // tl.num_programs(2)
     last = steps * (tl.program_id(2) + 1) // tl.num_programs(2)
-    scales_at = a_scales + m
-    next_scale = tl.load(scales_at + (first * BLOCK_I // SPAN) * M, mask=m < M, other=0.0)
     sums = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     for step in range(first, last):
         i = step * BLOCK_I
-        scale = next_scale[None, :]  # loaded a step ahead, since nothing copies it ahead as it does the operands
-        next_scale = tl.load(scales_at + ((i + BLOCK_I) // SPAN) * M, mask=(m < M) & (step + 1 < last), other=0.0)
         if WHOLE:
             codes = tl.load(codes_at + i // 8)
             exponent = tl.load(exponents_at + (i // 128) * O)
@@ -124,9 +117,8 @@ def _kernel(
         weight = _decode(codes, _bytes(tl.trans(exponent)), DECODE, EMULATE)
         if EMULATE:  # the interpreter's FP8 products are float32's, exactly
             weight, a_tile = weight.to(tl.float32), a_tile.to(tl.float32)
-        part = tl.dot(weight, tl.trans(a_tile))
-        sums = tl.fma(part, scale, sums)  # powers of two: exact products
-    sums = sums * tl.load(w_scales + o_in)[:, None]
+        sums += tl.dot(weight, tl.trans(a_tile))
+    sums = sums * tl.load(w_scales + o_in)[:, None] * tl.load(a_scales + m, mask=m < M, other=0.0)[None, :]
     finish(sums, bias, out, partial, counters, o, m, M, O, alpha, SPLIT, BLOCK_O, BLOCK_M, HAS_BIAS)
 
 
@@ -151,7 +143,7 @@ def matmul_fp8(
     if dtype not in OUTPUTS:
         raise TypeError(f"matmul_fp8: dtype {dtype}, where bfloat16, float16 or float32 is needed")
     check_tensor(a, "matmul_fp8: a", (torch.float8_e5m2,), (rows, features), a.device)
-    check_tensor(a_scales, "matmul_fp8: a_scales", (torch.float32,), (triton.cdiv(features, SPAN), rows), a.device)
+    check_tensor(a_scales, "matmul_fp8: a_scales", (torch.float32,), (rows,), a.device)
     check_tensor(packed, "matmul_fp8: packed", (torch.uint8,), (outputs, features // 2), a.device)
     check_tensor(exponents, "matmul_fp8: exponents", (torch.int32,), (triton.cdiv(features, 128), outputs), a.device)
     check_tensor(w_scales, "matmul_fp8: w_scales", (torch.float32,), (outputs,), a.device)
@@ -244,8 +236,7 @@ def reference_matmul_fp8(
     elements = operand_order(reference_e2m1(reference_unpack(packed)).double(), G).unflatten(-1, (-1, G))
     by_group = exponents.T.contiguous().view(torch.uint8)[:, : features // G]
     weight = (elements * torch.exp2(by_group.double() - 13)[:, :, None]).flatten(1)
-    spread = a_scales.double().T.repeat_interleave(SPAN, -1)[:, :features]
-    y = (a.double() * spread) @ weight.T * w_scales.double() * alpha
+    y = a.double() @ weight.T * a_scales.double()[:, None] * w_scales.double() * alpha
     return y if bias is None else y + bias.double()
 
 

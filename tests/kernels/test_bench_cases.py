@@ -97,7 +97,6 @@ def test_every_kernel_runs_and_is_right_at_tiny_sizes(monkeypatch: pytest.Monkey
         "matmul_half",
     }
     assert names == expected | {
-        "fp8_spans",
         "scaled_mm",
         "second_moment",
         "half_weight",
@@ -124,7 +123,7 @@ def kernel_case(name: str, variant: str) -> cases.Case:
         ("quantize", "mxfp8 block", "quantize"),
         ("dequantize", "int4 to bf16", "dequantize"),
         ("dequantize", "mxfp8 to bf16", "dequantize"),
-        ("fp8_spans", "mxfp4 none", "fp8_spans"),
+        ("fp8_operand", "mxfp4 none", "fp8_operand"),
         ("half_operand", "mxfp4 none bf16", "half_operand"),
         ("half_weight", "mxfp8 to bf16", "dequantize"),
         ("gptq_sweep", "mxfp4 float64", "gptq_sweep"),
@@ -143,7 +142,7 @@ def test_a_wrong_kernel_is_found(name: str, variant: str, module: str, monkeypat
             arguments[-3:]
             if made is None
             else made[:1]
-            if name == "fp8_spans"
+            if name == "fp8_operand"
             else made
             if isinstance(made, tuple)
             else (made,)

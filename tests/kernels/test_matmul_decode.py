@@ -6,7 +6,7 @@ from torch import Tensor
 
 import wush
 from wush_kernels.encode import DECODE_WINDOW, exponents, words
-from wush_kernels.fp8_spans import fp8_spans
+from wush_kernels.fp8_operand import fp8_operand
 from wush_kernels.half_operand import half_operand
 from wush_kernels.matmul_fp8 import SUMS_BOUND, matmul_fp8, reference_matmul_fp8
 from wush_kernels.matmul_half import matmul_half, reference_matmul_half
@@ -29,7 +29,7 @@ def operands(
 def fp8(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     packed, scales = quantize(weight, wush.MXFP4)
     rows = exponents(packed, scales, *DECODE_WINDOW)
-    return *fp8_spans(x, wush.MXFP4), packed, rows.relative, rows.row_scales
+    return *fp8_operand(x, wush.MXFP4), packed, rows.relative, rows.row_scales
 
 
 def half(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -1,14 +1,11 @@
 """Activations as exact operands of FP8 and 16-bit matmuls."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 import wush
 from wush_kernels.dequantize import operand_order
 from wush_kernels.fp8_operand import fp8_operand, reference_fp8_operand
-from wush_kernels.fp8_spans import SPAN, fp8_spans
 from wush_kernels.half_operand import half_operand, reference_half_operand
 from wush_kernels.workspace import flushed_groups
 
@@ -46,34 +43,11 @@ def test_rows_outside_the_fp8_window_get_their_own_scale_and_stay_exact(
     assert changed == [3, 5, 66]
 
 
-@pytest.mark.parametrize("transform", ["none", "block", "shared"])
-@pytest.mark.parametrize("rows", [1, 70])
-def test_spans_outside_the_fp8_window_get_their_own_scale_and_stay_exact(
-    rows: int, transform: str, device: torch.device, generator: torch.Generator
-) -> None:
-    x = torch.randn(rows, 2 * SPAN + 64, generator=generator).to(device).bfloat16()
-    x[0, :SPAN] *= 2.0**-20
-    x[-1, -40:] *= 2.0**20
-    matrix = torch.eye(32, device=device).repeat(x.shape[1] // 32, 1, 1).bfloat16() * 2
-    given = {"none": None, "block": matrix, "shared": matrix[0]}[transform]
-    operand, scales = fp8_spans(x, wush.MXFP4, given)
-    reference, reference_scales = reference_fp8_operand(x, wush.MXFP4, given, SPAN)
-    assert torch.equal(scales, reference_scales)
-    assert torch.equal(operand.float(), reference.float())
-    spread = scales.double().T.repeat_interleave(SPAN, -1)[:, : x.shape[1]]
-    expected = operand_order(wush.MXFP4.round_trip(x if given is None else x * 2).double() * 3, 32)
-    torch.testing.assert_close(operand.double() * spread, expected, rtol=1e-6, atol=0)
-    assert (scales != 1).nonzero().tolist() == [[0, 0], [2, rows - 1]]
-
-
-@pytest.mark.parametrize("operand", [fp8_operand, fp8_spans])
-def test_groups_too_small_for_the_window_are_counted(
-    operand: Callable[..., object], device: torch.device, generator: torch.Generator
-) -> None:
+def test_groups_too_small_for_their_rows_window_are_counted(device: torch.device, generator: torch.Generator) -> None:
     x = torch.randn(4, 96, generator=generator).to(device)
     x[2, 32:64] *= 2.0**-45
     before = flushed_groups(device).item()
-    operand(x, wush.MXFP4)
+    fp8_operand(x, wush.MXFP4)
     assert flushed_groups(device).item() == before + 1
 
 
@@ -91,7 +65,6 @@ def test_a_non_finite_group_is_nan_and_no_other(bad: float, device: torch.device
     hit = torch.zeros(3, 96, dtype=torch.bool, device=device)
     hit[1, 32:64] = True
     assert torch.equal(fp8_operand(x, wush.MXFP4)[0].float().isnan(), hit)
-    assert torch.equal(fp8_spans(x, wush.MXFP4)[0].float().isnan(), hit)
     assert torch.equal(half_operand(x, wush.MXFP4).float().isnan(), hit)
 
 
@@ -119,7 +92,5 @@ def test_values_that_are_not_exact_are_refused(device: torch.device) -> None:
     x = torch.ones(2, 64, device=device)
     with pytest.raises(ValueError, match="nvfp4 values are no FP8 numbers; use half_operand"):
         fp8_operand(x, wush.NVFP4)
-    with pytest.raises(ValueError, match="fp8_spans: nvfp4 values are no FP8 numbers; use half_operand"):
-        fp8_spans(x, wush.NVFP4)
     with pytest.raises(ValueError, match="int4 values are not exact in bfloat16"):
         half_operand(x, wush.INT4)

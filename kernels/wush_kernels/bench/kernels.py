@@ -40,8 +40,6 @@ def cases(effort: Effort, quick: bool) -> Iterator[Case]:
         yield _quantize(*size, fmt, kind, effort)
     for kind, size in product(kinds, sizes):
         yield _fp8_operand(*size, kind, effort)
-    for kind, size in product(("block", "none"), few):
-        yield _fp8_spans(*size, kind, effort)
     for kind, size in product(kinds, sizes):
         yield _half_operand(*size, FORMATS["nvfp4"], torch.float16, kind, effort)
     for fmt, kind, size in product(formats, ("block", "none"), few):
@@ -90,19 +88,6 @@ def _fp8_operand(tokens: int, features: int, kind: str, effort: Effort) -> Case:
         return fp8_operand, lambda made: natural_order(made[0].float(), 32) * made[1][:, None]
 
     return _operand("fp8_operand", FORMATS["mxfp4"], tokens, features, kind, 1.0, load, effort)
-
-
-def _fp8_spans(tokens: int, features: int, kind: str, effort: Effort) -> Case:
-    def load() -> tuple[Kernel, Callable[[Any], Tensor]]:
-        from wush_kernels.dequantize import natural_order
-        from wush_kernels.fp8_spans import SPAN, fp8_spans
-
-        def values(made: tuple[Tensor, Tensor]) -> Tensor:
-            return natural_order(made[0].float(), 32) * made[1].T.repeat_interleave(SPAN, -1)[:, :features]
-
-        return fp8_spans, values
-
-    return _operand("fp8_spans", FORMATS["mxfp4"], tokens, features, kind, 1.0, load, effort)
 
 
 def _half_operand(tokens: int, features: int, fmt: Format, dtype: torch.dtype, kind: str, effort: Effort) -> Case:

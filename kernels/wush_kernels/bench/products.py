@@ -92,7 +92,7 @@ def product_errors(
 
 def _matmul_fp8(fmt: FourBit) -> Kernel:
     from wush_kernels.encode import DECODE_WINDOW, exponents
-    from wush_kernels.fp8_spans import fp8_spans
+    from wush_kernels.fp8_operand import fp8_operand
     from wush_kernels.matmul_fp8 import matmul_fp8
 
     def weight(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _matmul_fp8(fmt: FourBit) -> Kernel:
     def product(a: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return matmul_fp8(a[0], a[1], w[0], w[1], w[2], fmt.global_scale**2, None, torch.bfloat16)
 
-    return Kernel(lambda x: fp8_spans(x, fmt), weight, product)
+    return Kernel(lambda x: fp8_operand(x, fmt), weight, product)
 
 
 def _matmul_half(fmt: FourBit) -> Kernel:
