@@ -189,7 +189,7 @@ def _(
 def plan(rows: int, outputs: int, features: int, device: torch.device) -> dict[str, int]:
     """The tile sizes, splits, warps and pipeline stages of a product: the fastest of those tried on an H100."""
     block_m = max(16, min(64, triton.next_power_of_2(rows)))
-    tall = block_m == 64 and outputs >= 1 << 14
+    tall = outputs >= 1 << 14 if block_m == 64 else outputs * features >= 1 << 28
     tile = {"BLOCK_O": 128 if tall else 64, "BLOCK_M": block_m, "BLOCK_I": 256, "num_warps": 8 if tall else 4}
     tiles = triton.cdiv(outputs, tile["BLOCK_O"]) * triton.cdiv(rows, block_m)
     resident = 1 if tall else 2 if block_m == 64 else 3
@@ -251,7 +251,7 @@ def offline_cases() -> Iterator[Case]:
         100: (r"tcgen05\.mma\S*kind::f8f6f4", "prmt.b32"),
         120: (r"mma\.sync\S*e5m2\.e5m2", "prmt.b32"),
     }
-    for rows, size in ((16, 4096), (64, 4096), (64, 16384)):
+    for rows, size in ((16, 4096), (16, 16384), (64, 4096), (64, 16384)):
         tile = plan(rows, size, size, torch.device("cpu"))
         constants: dict[str, object] = {name: tile[name] for name in ("BLOCK_O", "BLOCK_M", "BLOCK_I")}
         constants |= {"SPLIT": True, "WHOLE": True, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False}

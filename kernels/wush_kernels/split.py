@@ -15,16 +15,18 @@ MOST_SPLITS = 16  # of a tile, whose sums one program adds
 def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int, fewest: int) -> int:
     """How many programs share the steps of a tile, with `per_processor` programs at a time on each multiprocessor.
 
-    As many as fill the GPU best, but that each has `fewest` steps where every multiprocessor has a program.
+    At least as many as give every multiprocessor a program; more where they fill the GPU better and each still has
+    `fewest` steps.
     """
     if device.type != "cuda":
         return min(2, steps)
     slots = processors(device) * per_processor
     if tiles >= slots:
         return 1
-    most = min(MOST_SPLITS, steps // 2, max(processors(device) // tiles, steps // fewest))
-    # A split more costs what a fiftieth of the GPU would.
-    return max(range(1, max(1, most) + 1), key=lambda splits: _share_of_waves(tiles * splits, slots) - 0.02 * splits)
+    least = max(1, min(MOST_SPLITS, steps // 2, processors(device) // tiles))
+    most = max(least, min(MOST_SPLITS, steps // fewest))
+    # A split more costs what a thirtieth of the GPU would.
+    return max(range(least, most + 1), key=lambda splits: _share_of_waves(tiles * splits, slots) - splits / 30)
 
 
 def _share_of_waves(programs: int, slots: int) -> float:
