@@ -132,7 +132,8 @@ def _suited(fmt: Format, rows: int, out_features: int) -> tuple[str, tuple[str, 
 def _candidates(fmt: Format, machine: Machine, suited: tuple[str, ...], requested: Kernels) -> tuple[str, ...]:
     """The matmuls that suit, or those of them that are requested, best first."""
     if machine.capability and machine.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
-        return ("dot_scaled", "half") if requested == "triton" else ("scaled_mm_fp4", "dot_scaled", "half")
+        ours, library = ("dot_scaled",) * (requested != "scaled_mm"), ("scaled_mm_fp4",) * (requested != "triton")
+        return (*library, *ours, "half")
     if requested == "triton":
         return {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed"), "half"
     return ("scaled_mm", "half") if requested == "scaled_mm" else suited

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from wush_kernels.dequantize import rounded
 from wush_kernels.offline import Case
+from wush_kernels.spec import FLOATS
 from wush_kernels.support import INTERPRETED, check_tensor, require_support
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_SIZES = (16, 32)
 _COLUMNS = 128  # of a tile with a transform per block
 
@@ -76,9 +76,9 @@ def block_transform(x: Tensor, transform: Tensor) -> Tensor:
         raise ValueError(f"block_transform: transform {tuple(transform.shape)}: its blocks are none of {sizes} wide")
     if not x.ndim or x.shape[-1] % size:
         raise ValueError(f"block_transform: x {tuple(x.shape)}: its last dimension is no multiple of {size}")
-    check_tensor(x, "block_transform: x", _FLOATS, tuple(x.shape), x.device)
+    check_tensor(x, "block_transform: x", FLOATS, tuple(x.shape), x.device)
     shape = (size, size) if transform.ndim == 2 else (x.shape[-1] // size, size, size)
-    check_tensor(transform, "block_transform: transform", _FLOATS, shape, x.device)
+    check_tensor(transform, "block_transform: transform", FLOATS, shape, x.device)
     return torch.ops.wush.block_transform(x, transform)
 
 

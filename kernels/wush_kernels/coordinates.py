@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels.offline import Case
+from wush_kernels.spec import FLOATS
 from wush_kernels.support import check_tensor, require_support
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -95,7 +94,9 @@ def coordinates(transforms: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Te
         raise ValueError(f"coordinates: blocks of size {size}, where 16 or 32 is needed")
     transforms, factors = transforms.contiguous(), factors.contiguous()
     blocks = transforms.shape[1]
-    check_tensor(transforms, "coordinates: transforms", FLOATS, (None, blocks, size, size), transforms.device)
+    check_tensor(
+        transforms, "coordinates: transforms", (torch.float64, *FLOATS), (None, blocks, size, size), transforms.device
+    )
     check_tensor(factors, "coordinates: factors", (torch.float64,), (blocks, size, size), transforms.device)
     inverse, lower, spread = (torch.empty_like(transforms, dtype=torch.float64) for _ in range(3))
     programs = transforms.shape[0] * blocks

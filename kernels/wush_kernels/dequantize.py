@@ -15,10 +15,9 @@ from torch import Tensor
 
 from wush_kernels import numerics as nm
 from wush_kernels.offline import Case
-from wush_kernels.spec import FormatSpec, element_of
+from wush_kernels.spec import FLOATS, FormatSpec, element_of
 from wush_kernels.support import INTERPRETED, check_tensor, require_support
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ELEMENTS_A_PROGRAM = 4096
 SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bf16"}
 
@@ -107,7 +106,7 @@ def dequantize(
     Raises `ValueError` or `TypeError` for a tensor that does not fit, `RuntimeError` where kernels cannot run.
     """
     _check(packed, scales, fmt, "dequantize")
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise TypeError(f"dequantize: dtype {dtype}, where float32, bfloat16 or float16 is needed")
     g = fmt.global_scale if global_scale is None else global_scale
     return torch.ops.wush.dequantize(packed, _bits(scales), *_kinds(fmt), fmt.group_size, g, dtype, False)

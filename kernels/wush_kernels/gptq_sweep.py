@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels import numerics as nm
+from wush_kernels.groups import group_scales, reciprocal
 from wush_kernels.launch import scale_factor
 from wush_kernels.offline import Case
 from wush_kernels.spec import ELEMENTS, FormatSpec
-from wush_kernels.support import check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, require_support
 
 _ROWS = 16
 _BITS = {1: torch.uint8, 2: torch.int16}  # of scales, by their bytes
@@ -45,37 +46,11 @@ def _product(x, matrix, stride_row, stride_column, columns, G: tl.constexpr):
 
 
 @triton.jit
-def _group_scales(x, scale_factor, FORMAT: tl.constexpr, RULE: tl.constexpr, G: tl.constexpr):
-    """Scales `(O,)`, as float32 and as stored bits, of groups `(O, G)` float32; NaN for groups that are not finite."""
-    amax = tl.max(tl.abs(x), 1)
-    finite = tl.sum((tl.abs(x) < float("inf")).to(tl.int32), 1) == G
-    if FORMAT == "int4":
-        wide = amax * scale_factor
-        if RULE == "rms":
-            mean = tl.sum(x.to(tl.float64) * x.to(tl.float64), 1) / G
-            wide = tl.minimum(tl.sqrt(mean) * (2 * 2.513930578568423 / 15), 4e37).to(tl.float32)
-        bits = wide.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # nearest even
-        return (bits << 16).to(tl.float32, bitcast=True), tl.where(finite, bits, 0x7FC0)
-    elif FORMAT == "nvfp4":
-        scale = nm.snap_e4m3(tl.minimum(amax * scale_factor, 448.0))
-        return scale, tl.where(finite, nm.e4m3_code(scale), 0x7F)
-    else:
-        exponent = nm.floor_log2(amax)
-        if FORMAT == "mxfp8":
-            exponent = tl.maximum(exponent - 8, -127)
-        elif RULE == "ocp":
-            exponent = tl.maximum(exponent - 2, -127)
-        else:
-            exponent = tl.minimum(exponent, 126)
-        return nm.power_of_two(exponent), tl.where(finite, exponent + 127, 255)
-
-
-@triton.jit
 def _kernel(
     block, inverse, lower, spread, codes, scales, errors, O, stride_block, stride_codes, stride_scales, stride_errors,
     inverse_row, inverse_column, lower_row, lower_column, spread_row, spread_column, g, inverse_g, scale_factor,
     FORMAT: tl.constexpr, RULE: tl.constexpr, ELEMENT: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, G)
@@ -84,11 +59,10 @@ def _kernel(
     weights = tl.load(block + far * stride_block + columns[None, :], mask=inside, other=0.0)
     entered = _product(weights, inverse, inverse_row, inverse_column, columns, G)
 
-    scale, scale_bits = _group_scales(entered.to(tl.float32), scale_factor, FORMAT, RULE, G)
-    zero = scale == 0.0
-    inverse_s = tl.minimum(tl.div_rn(1.0, tl.where(zero, 1.0, scale)), 3.4028234663852886e38)
-    inverse_s = tl.where(zero, 0.0, inverse_s)
-    inverse_g = tl.where(zero, 0.0, inverse_g)
+    scale, scale_bits = group_scales(entered.to(tl.float32)[None, :, :], scale_factor, FORMAT, RULE, G, INTERPRET)
+    scale, scale_bits = tl.reshape(scale, (ROWS,)), tl.reshape(scale_bits, (ROWS,))
+    inverse_s = reciprocal(scale)
+    inverse_g = tl.where(scale == 0.0, 0.0, inverse_g)
     step = scale * g
 
     x = entered
@@ -149,7 +123,7 @@ def gptq_sweep(
             len(block), block.stride(0), codes.stride(0), scales.stride(0), errors.stride(0),
             *inverse.stride(), *lower.stride(), *spread.stride(), g, 1 / g, scale_factor(fmt.name, fmt.scale_rule, g),
             FORMAT=fmt.name, RULE=fmt.scale_rule, ELEMENT=ELEMENTS[fmt.name, fmt.scale_rule], G=size, ROWS=_ROWS,
-            enable_fp_fusion=False,
+            INTERPRET=INTERPRETED, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -195,6 +169,7 @@ def offline_cases() -> Iterator[Case]:
     for name, rule in (("mxfp4", "paper"), ("nvfp4", "fixed"), ("int4", "rms"), ("mxfp8", "ocp")):
         yield Case(
             name, _kernel, types | {"scales": "*i16" if name == "int4" else "*u8"},
-            {"FORMAT": name, "RULE": rule, "ELEMENT": ELEMENTS[name, rule], "G": sizes.get(name, 32), "ROWS": _ROWS},
+            {"FORMAT": name, "RULE": rule, "ELEMENT": ELEMENTS[name, rule], "G": sizes.get(name, 32), "ROWS": _ROWS,
+             "INTERPRET": False},
             dict.fromkeys((90, 100, 120), ("mul.rn.f64", "add.rn.f64")), odd=("O", "scales", "stride_scales", *strides),
         )  # fmt: skip

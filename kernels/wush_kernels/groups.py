@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 
 from wush_kernels import numerics as nm
+from wush_kernels.spec import INT4_RMS_FACTOR
 
 BLOCK_COLUMNS = 128  # columns of a program's tile
+_RMS_FACTOR: tl.constexpr = tl.constexpr(INT4_RMS_FACTOR)
 
 
 @triton.jit
@@ -84,10 +86,19 @@ def mxfp4_units(x_brg, exponent, shift, finite, inverse_g, RULE: tl.constexpr):
 
 
 @triton.jit
+def _mxfp8_exponent(magnitude):
+    return tl.maximum((magnitude >> 23) - 135, -127)
+
+
+@triton.jit
+def _nvfp4_scale(magnitude, scale_factor, INTERPRET: tl.constexpr):
+    return nm.nearest_e4m3(tl.minimum(magnitude.to(tl.float32, bitcast=True) * scale_factor, 448.0), INTERPRET)
+
+
+@triton.jit
 def _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET: tl.constexpr):
     """`x / g / s`, 0 where s = 0, and the scales `(BLOCKS, ROWS)`, float8e4nv."""
-    amax = magnitude.to(tl.float32, bitcast=True)
-    scale = nm.nearest_e4m3(tl.minimum(amax * scale_factor, 448.0), INTERPRET)
+    scale = _nvfp4_scale(magnitude, scale_factor, INTERPRET)
     return (x_brg * inverse_g) * _e4m3_reciprocal(scale.to(tl.float32), INTERPRET)[:, :, None], scale
 
 
@@ -95,14 +106,15 @@ def _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET: tl.conste
 def _e4m3_reciprocal(scale, INTERPRET: tl.constexpr):
     """`1 / s` of E4M3 numbers, correctly rounded (a test tries them all); 0 where s = 0."""
     if INTERPRET:  # without a fused multiplication the step below rounds twice
-        return _reciprocal(scale)
+        return reciprocal(scale)
     else:
         guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], tl.float32, True, 1)
         return tl.where(scale == 0.0, 0.0, tl.fma(guess, tl.fma(-scale, guess, 1.0), guess))
 
 
 @triton.jit
-def _reciprocal(scale):
+def reciprocal(scale):
+    """`1 / s`, correctly rounded, at most float32's largest number; 0 where s = 0."""
     zero = scale == 0.0
     reciprocal = tl.minimum(tl.div_rn(1.0, tl.where(zero, 1.0, scale)), 3.4028234663852886e38)
     return tl.where(zero, 0.0, reciprocal)
@@ -115,12 +127,29 @@ def _int4_scale(x_brg, magnitude, scale_factor, G: tl.constexpr, RULE: tl.conste
         wide = magnitude.to(tl.float32, bitcast=True) * scale_factor
     else:
         tl.static_assert(RULE == "rms", "an unknown scale rule")
-        RMS_FACTOR: tl.constexpr = 2 * 2.513930578568423 / 15
         mean = tl.sum(x_brg.to(tl.float64) * x_brg.to(tl.float64), 2) / G
-        wide = tl.minimum(tl.sqrt(mean) * RMS_FACTOR, 4e37).to(tl.float32)
+        wide = tl.minimum(tl.sqrt(mean) * _RMS_FACTOR, 4e37).to(tl.float32)
     bits = wide.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # nearest even
     return bits, (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_scales(
+    x_brg, scale_factor, FORMAT: tl.constexpr, RULE: tl.constexpr, G: tl.constexpr, INTERPRET: tl.constexpr
+):  # fmt: skip
+    """Scales `(BLOCKS, ROWS)`, as float32 and as stored bits (int32), NaN for groups that are not finite."""
+    magnitude = magnitudes(x_brg)
+    finite = magnitude < 0x7F800000
+    if FORMAT == "int4":
+        bits, scale = _int4_scale(x_brg, magnitude, scale_factor, G, RULE)
+        return scale, tl.where(finite, bits, 0x7FC0)
+    elif FORMAT == "nvfp4":
+        scale = _nvfp4_scale(magnitude, scale_factor, INTERPRET)
+        return scale.to(tl.float32), tl.where(finite, scale.to(tl.uint8, bitcast=True).to(tl.int32), 0x7F)
+    else:
+        exponent = _mxfp8_exponent(magnitude) if FORMAT == "mxfp8" else mxfp4_exponent(magnitude, RULE)
+        return nm.power_of_two(exponent), tl.where(finite, exponent + 127, 255)
 
 
 @triton.jit
@@ -142,13 +171,13 @@ def group_codes(
         code = scale.to(tl.uint8, bitcast=True).to(tl.int32)
         return nm.e2m1_code_saturated(units), tl.where(finite, code, 0x7F)
     elif FORMAT == "mxfp8":
-        exponent = tl.maximum((magnitude >> 23) - 135, -127)
+        exponent = _mxfp8_exponent(magnitude)
         element = nm.nearest_e4m3(x_brg * nm.power_of_two(-exponent)[:, :, None], INTERPRET)
         return element.to(tl.uint8, bitcast=True).to(tl.int32), tl.where(finite, exponent + 127, 255)
     else:
         tl.static_assert(FORMAT == "int4", "an unknown format")
         bits, scale = _int4_scale(x_brg, magnitude, scale_factor, G, RULE)
-        units = x_brg * _reciprocal(scale)[:, :, None]
+        units = x_brg * reciprocal(scale)[:, :, None]
         return nm.to_code(nm.snap(units, ELEMENT), ELEMENT), tl.where(finite, bits, 0x7FC0)
 
 
@@ -170,7 +199,7 @@ def group_values(
         return element * tl.where(finite, scale.to(tl.float32) * shift, float("nan"))[:, :, None]
     else:
         tl.static_assert(FORMAT == "mxfp8", "a format whose values are not exact in 16 bits")
-        exponent = tl.maximum((magnitude >> 23) - 135, -127)
+        exponent = _mxfp8_exponent(magnitude)
         element = nm.nearest_e4m3(x_brg * nm.power_of_two(-exponent)[:, :, None], INTERPRET).to(tl.float32)
         return element * tl.where(finite, nm.power_of_two(exponent) * shift, float("nan"))[:, :, None]
 

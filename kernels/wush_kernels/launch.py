@@ -1,14 +1,11 @@
 """What the quantizing kernels' wrappers share: checks of their arguments, the grid and the constants of a launch."""
 
-import torch
 import triton
 from torch import Tensor
 
 from wush_kernels.groups import BLOCK_COLUMNS
-from wush_kernels.spec import FormatSpec, element_of
+from wush_kernels.spec import FLOATS, FormatSpec, element_of
 from wush_kernels.support import INTERPRETED, check_tensor, require_support
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_input(x: Tensor, fmt: FormatSpec, transform: Tensor | None, kernel: str) -> None:

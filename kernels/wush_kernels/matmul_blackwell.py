@@ -18,12 +18,11 @@ from torch import Tensor
 
 from wush_kernels.dequantize import element_value, reference_dequantize, rounded, scale_value
 from wush_kernels.offline import Case
-from wush_kernels.spec import FormatSpec
+from wush_kernels.spec import FLOATS, FormatSpec
 from wush_kernels.support import INTERPRETED, check_tensor, require_support
 
 OLDEST_CAPABILITY = (10, 0)
 FORMATS = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
-OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT_ROWS = 128
 _TILE_ROWS, _TILE_COLUMNS = 128, 4  # of a tile of swizzled scales
 
@@ -226,7 +225,7 @@ def _check(
     kernel, device = "matmul_dot_scaled", a_packed.device
     if fmt.name not in FORMATS:
         raise ValueError(f"{kernel}: no FP4 tensor core multiplies {fmt.name}; there are {', '.join(FORMATS)}")
-    if out_dtype not in OUT_DTYPES:
+    if out_dtype not in FLOATS:
         raise TypeError(f"{kernel}: out_dtype {out_dtype}, where float32, bfloat16 or float16 is needed")
     size = fmt.group_size // 2
     if a_packed.ndim != 2 or a_packed.shape[1] % size:
@@ -241,7 +240,7 @@ def _check(
     check_tensor(a_scales, f"{kernel}: a_scales", (fmt.scale_dtype,), (rows, width // size), device)
     check_tensor(w_scales, f"{kernel}: w_scales", (fmt.scale_dtype,), (features, width // size), device)
     if bias is not None:
-        check_tensor(bias, f"{kernel}: bias", OUT_DTYPES, (features,), device)
+        check_tensor(bias, f"{kernel}: bias", FLOATS, (features,), device)
 
 
 def offline_cases() -> Iterator[Case]:

@@ -21,13 +21,13 @@ from torch import Tensor
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import Case
+from wush_kernels.spec import FLOATS
 from wush_kernels.split import finish, plan_splits
 from wush_kernels.support import INTERPRETED, check_aligned, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
 
 G = 32
 SUMS_BOUND = 2.0**-12  # of the sum of magnitudes: what FP8 tensor cores lose of a product between promotions
-OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 # A word of four bytes of codes: look the eight magnitudes up, sort even from odd columns, put the signs in place.
 _DECODE = """
@@ -140,7 +140,7 @@ def matmul_fp8(
     (rows, features), outputs = a.shape, len(packed)
     if features % G:
         raise ValueError(f"matmul_fp8: I = {features} is no multiple of the group size {G}")
-    if dtype not in OUTPUTS:
+    if dtype not in FLOATS:
         raise TypeError(f"matmul_fp8: dtype {dtype}, where bfloat16, float16 or float32 is needed")
     check_tensor(a, "matmul_fp8: a", (torch.float8_e5m2,), (rows, features), a.device)
     check_tensor(a_scales, "matmul_fp8: a_scales", (torch.float32,), (rows,), a.device)
@@ -148,7 +148,7 @@ def matmul_fp8(
     check_tensor(exponents, "matmul_fp8: exponents", (torch.int32,), (triton.cdiv(features, 128), outputs), a.device)
     check_tensor(w_scales, "matmul_fp8: w_scales", (torch.float32,), (outputs,), a.device)
     if bias is not None:
-        check_tensor(bias, "matmul_fp8: bias", OUTPUTS, (outputs,), a.device)
+        check_tensor(bias, "matmul_fp8: bias", FLOATS, (outputs,), a.device)
     return _matmul_fp8(a, a_scales, packed, exponents, w_scales, alpha, bias, dtype)
 
 

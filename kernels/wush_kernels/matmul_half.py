@@ -20,12 +20,12 @@ from torch import Tensor
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
 from wush_kernels.offline import CAPABILITIES, Case
+from wush_kernels.spec import FLOATS
 from wush_kernels.split import finish, plan_splits
 from wush_kernels.support import INTERPRETED, check_aligned, check_tensor, operator, require_support
 from wush_kernels.workspace import workspace
 
 G = 16
-OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 _UNSHIFT = 2.0**14  # both operands are times 2^-7
 
 # Two pairs of code bytes to pairs of even and of odd columns: bytes of E5M2, whose bits are E2M1's times 2^-14, for the
@@ -169,13 +169,13 @@ def matmul_half(
     (rows, features), outputs = a.shape, len(packed)
     if features % 32:
         raise ValueError(f"matmul_half: I = {features} is no multiple of 32; use kernels=torch")
-    if dtype not in OUTPUTS:
+    if dtype not in FLOATS:
         raise TypeError(f"matmul_half: dtype {dtype}, where bfloat16, float16 or float32 is needed")
     check_tensor(a, "matmul_half: a", (torch.float16,), (rows, features), a.device)
     check_tensor(packed, "matmul_half: packed", (torch.uint8,), (outputs, features // 2), a.device)
     check_tensor(scales, "matmul_half: scales", (torch.int32,), (triton.cdiv(features, 64), outputs), a.device)
     if bias is not None:
-        check_tensor(bias, "matmul_half: bias", OUTPUTS, (outputs,), a.device)
+        check_tensor(bias, "matmul_half: bias", FLOATS, (outputs,), a.device)
     return _matmul_half(a, packed, scales, alpha, bias, dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from wush_kernels import launch
 from wush_kernels.groups import group_codes, load_transformed, store_group_scales
 from wush_kernels.offline import Case
-from wush_kernels.spec import ELEMENTS, FormatSpec
+from wush_kernels.spec import ELEMENTS, INT4_RMS_FACTOR, FormatSpec
 from wush_kernels.support import operator
 
 
@@ -105,7 +105,7 @@ def reference_quantize(
     elif fmt.name == "nvfp4":
         scales = (amax * (1 / (6 * g))).clamp(max=448).to(torch.float8_e4m3fn)
     else:
-        scales = (amax * (1 / 7) if fmt.scale_rule == "absmax" else 2 * 2.513930578568423 / 15 * rms).bfloat16()
+        scales = (amax * (1 / 7) if fmt.scale_rule == "absmax" else INT4_RMS_FACTOR * rms).bfloat16()
     reciprocal = (1 / scales.float()).masked_fill(scales.float() == 0, 0)
     units = x_ng * (1 / g) * reciprocal.unsqueeze(-1)
     return _nearest(units, ELEMENTS[fmt.name, fmt.scale_rule]).flatten(-2), scales

@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels.offline import Case
+from wush_kernels.spec import FLOATS
 from wush_kernels.support import INTERPRETED, check_tensor, require_support
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)

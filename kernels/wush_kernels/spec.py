@@ -29,6 +29,8 @@ class FormatSpec(Protocol):
         """The factor shared by every group of a tensor."""
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INT4_RMS_FACTOR = 2 * 2.513930578568423 / 15  # a group's scale over its root mean square: the best clip of a Gaussian
 ELEMENTS = {
     ("mxfp4", "paper"): "e2m1",
     ("mxfp4", "ocp"): "e2m1",

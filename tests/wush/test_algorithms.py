@@ -310,13 +310,16 @@ def test_a_fit_on_a_gpu_is_as_good(algorithm: wush.Gptq, refit: bool, share: boo
 @pytest.mark.gpu
 @ALGORITHMS
 @pytest.mark.parametrize("transform", [wush.Hadamard(), wush.Wush(), wush.Wush(refit=False, share=True)], ids=repr)
-def test_nothing_waits_for_the_gpu(algorithm: wush.Gptq, transform: Transform, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.INT4], ids=lambda fmt: fmt.name)
+def test_nothing_waits_for_the_gpu(
+    algorithm: wush.Gptq, transform: Transform, fmt: wush.Format, generator: torch.Generator
+) -> None:
     weights = [weight.cuda().bfloat16() for weight in group(generator)[0]]
     moment = wush.SecondMoment(96, "cuda")
     moment.add(torch.randn(1, 400, 96, generator=generator).cuda().bfloat16())
 
     def work() -> list[QuantizedWeight]:
-        return algorithm.quantize_group(weights, moment, transform, wush.MXFP4, NAMES)
+        return algorithm.quantize_group(weights, moment, transform, fmt, NAMES)
 
     def watched() -> list[QuantizedWeight]:
         torch.cuda.set_sync_debug_mode("error")

@@ -81,6 +81,8 @@ TABLE: list[tuple[Format, Machine, int, Kernels, str, str]] = [
     (wush.NVFP4, B200, 4096, "auto", "triton", "scaled_mm_fp4"),
     (wush.MXFP4, replace(B200, no_scaled_fp4="not built"), 1, "auto", "triton", "dot_scaled"),
     (wush.NVFP4, B200, 1, "triton", "triton", "dot_scaled"),
+    (wush.NVFP4, B200, 1, "scaled_mm", "triton", "scaled_mm_fp4"),
+    (wush.MXFP4, replace(B200, no_scaled_fp4="not built"), 1, "scaled_mm", "triton", "half"),
     (wush.MXFP8, B200, 1, "auto", "triton", "half"),
     (wush.NVFP4, RTX5090, 1, "auto", "triton", "scaled_mm_fp4"),
     (wush.MXFP4, replace(RTX5090, no_scaled_fp4="not built"), 4096, "auto", "triton", "dot_scaled"),
