@@ -42,11 +42,6 @@ BUILT_IN: dict[tuple[str, str], Format] = {
     (fmt.name, fmt.scale_rule): fmt
     for fmt in (MXFP4, Mxfp4("ocp"), NVFP4, Nvfp4("calibrated"), INT4, Int4("absmax"), MXFP8)
 }
-_NOT_EXACT = {
-    "int4": "int4 values are not BF16 numbers",
-    "mxfp8": "no kernel decodes mxfp8 weights",
-    "nvfp4": "nvfp4 values are not FP8 numbers",
-}
 _told: set[str] = set()
 
 
@@ -146,19 +141,21 @@ def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str |
         return None
     if matmul == "half":
         if fmt.name == "int4":
-            return _NOT_EXACT["int4"]
+            return "int4 values are not BF16 numbers"
         old = machine.capability is not None and machine.capability < TENSOR_CORES_BF16
         return "the GPU has no BF16 tensor cores" if old else None
-    if matmul == "packed" or (matmul == "scaled_mm" and fmt.name != "mxfp4"):
-        return _NOT_EXACT[fmt.name]
+    if matmul == "packed":
+        return f"no kernel decodes {fmt.name} weights"
+    if matmul == "scaled_mm" and fmt.name != "mxfp4":
+        return f"{fmt.name} values are not FP8 numbers with a scale a row"
     if machine.no_triton:
         return "the input needs a kernel of Triton"
     if matmul == "matmul_fp8" and shape.misses[0]:
         return f"{shape.misses[0]} groups have exponents outside the window of their row"
     if matmul == "scaled_mm" and shape.misses[1]:
         return f"{shape.misses[1]} groups have exponents outside the FP8 window of their row"
-    if matmul in ("scaled_mm", "scaled_mm_fp4") and (o % 16 or i % 16):
-        return f"{o} x {i} are not multiples of 16"
+    if (matmul == "scaled_mm" and (o % 16 or i % 16)) or (matmul == "scaled_mm_fp4" and (o % 16 or i % 32)):
+        return f"{o} x {i} are not multiples of {16 if matmul == 'scaled_mm' else '16 and 32'}"
     if matmul == "matmul_half" and i % 32:
         return f"in_features {i} is not a multiple of 32"
     if matmul == "dot_scaled":
@@ -248,7 +245,7 @@ def _choice(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, k
         message = f"{fmt.name} layers in {str(dtype).removeprefix('torch.')}: {choices[key]}"
         if message not in _told:
             _told.add(message)
-            log.info("%s", message)
+            log.log(logging.WARNING if kernels != "auto" and "; not " in message else logging.INFO, "%s", message)
     return choices[key]
 
 

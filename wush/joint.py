@@ -67,21 +67,21 @@ class _Output:
 
     input: "weakref.ref[Tensor]"
     version: int
-    captured: bool
+    run: tuple[int, bool]
     product: Tensor
     waiting: set[int]
 
-    def serves(self, x: Tensor, index: int, captured: bool) -> bool:
-        """Whether it is the product for x as it is now, and a member has not taken it."""
-        own = self.input() is x and self.version == x._version
-        return own and self.captured == captured and index in self.waiting
+    def serves(self, x: Tensor, index: int, run: tuple[int, bool]) -> bool:
+        """Whether it is the product for x as it is now, on this stream, and a member has not taken it."""
+        return self.input() is x and self.version == x._version and self.run == run and index in self.waiting
 
 
 class Joint(nn.Module):
     """The joint tensors of some layers, and their last product. It is no module's child, and in no state dict.
 
     No result is stale: a product is used for the very tensor that it was made of, unchanged since, and once by each
-    layer. Where a change cannot be seen, in inference mode, every layer computes on its own.
+    layer. Where a change cannot be seen, in inference mode, every layer computes on its own. What compiled code cannot
+    see is a change of the input in place between members' calls that a graph break parts.
     """
 
     packed: Tensor
@@ -149,7 +149,8 @@ class Joint(nn.Module):
     def output(self, x: Tensor, layer: QuantLinear) -> Tensor:
         """A member's result `(..., O)` for x `(..., I)`: columns of the joint product, a view of it."""
         compiling = torch.compiler.is_compiling()
-        if not self.whole or (not compiling and x.is_inference()):
+        apart = not self.whole or layer.settings != self.members[0].settings
+        if apart or (not compiling and x.is_inference()):
             return linear(x, layer.own, layer.settings)
         product = self._traced(x, layer.joint_index) if compiling else self._computed(x, layer.joint_index)
         start, stop = self.rows[layer.joint_index]
@@ -160,11 +161,10 @@ class Joint(nn.Module):
 
     def _computed(self, x: Tensor, index: int) -> Tensor:
         """The joint product; kept for members that have not taken theirs, as long as x lives."""
-        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        last = self._last
-        if last is None or not last.serves(x, index, captured):
+        last, run = self._last, _run(x)
+        if last is None or not last.serves(x, index, run):
             product, waiting = self._product(x), set(range(len(self.members)))
-            last = self._last = _Output(weakref.ref(x, self._forget), x._version, captured, product, waiting)
+            last = self._last = _Output(weakref.ref(x, self._forget), x._version, run, product, waiting)
         last.waiting.discard(index)
         if not last.waiting:
             self._last = None
@@ -196,6 +196,13 @@ class Joint(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         kept = {"_last": None, "_traced_input": None, "_traced_product": None, "_traced_waiting": ()}
         return self.__dict__ | kept
+
+
+def _run(x: Tensor) -> tuple[int, bool]:
+    """The stream that products of x run on, and whether it is captured."""
+    if not x.is_cuda:
+        return 0, False
+    return torch.cuda.current_stream(x.device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 def _share(a: Tensor, b: Tensor | None) -> bool:

@@ -49,6 +49,8 @@ def no_triton(device: torch.device) -> str | None:
 def _trial(attempt: Callable[[], object]) -> str | None:
     try:
         attempt()
+    except torch.OutOfMemoryError:  # says nothing of what the device can do
+        raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         return f"torch says {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}"
     return None

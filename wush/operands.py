@@ -122,8 +122,11 @@ _operands: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 def operands_of(weight: Weight) -> Operands:
-    """The operands made of a weight so far; forgotten with its packed codes, and when they or the scales change."""
-    made_of = (_version(weight.packed), weight.scales.data_ptr(), _version(weight.scales), weight.global_scale)
+    """The operands made of a weight so far; forgotten with its packed codes, and when they change.
+
+    Scales are changed together with codes, or replaced: in compiled code they are a view with a version of its own.
+    """
+    made_of = (_version(weight.packed), weight.scales.data_ptr(), weight.global_scale)
     found = cast("tuple[Any, Operands] | None", _operands.get(weight.packed))
     if found is None or found[0] != made_of:
         found = (made_of, Operands())

@@ -17,7 +17,7 @@ from torch import Tensor
 from wush_kernels.dequantize import rounded
 from wush_kernels.offline import Case
 from wush_kernels.spec import FLOATS
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, on_device, require_support
 
 GROUP_SIZES = (16, 32)
 _COLUMNS = 128  # of a tile with a transform per block
@@ -91,6 +91,7 @@ def reference_block_transform(x: Tensor, transform: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("wush::block_transform", mutates_args=())
+@on_device
 def _block_transform(x: Tensor, transform: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if not x.numel():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wush_kernels.offline import Case
 from wush_kernels.spec import FLOATS
-from wush_kernels.support import check_tensor, require_support
+from wush_kernels.support import check_tensor, on_device, require_support
 
 
 @triton.jit
@@ -83,6 +83,7 @@ def _kernel(transforms, factors, inverses, lowers, spreads, N, G: tl.constexpr):
     tl.store(spreads + at, spread)
 
 
+@on_device
 def coordinates(transforms: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`inverse`, `lower` and `spread` `(P, N, G, G)` of transforms `(P, N, G, G)` and factors `(N, G, G)`.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from wush_kernels import numerics as nm
 from wush_kernels.offline import Case
 from wush_kernels.spec import FLOATS, FormatSpec, element_of
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, on_device, require_support
 
 _ELEMENTS_A_PROGRAM = 4096
 SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3", torch.bfloat16: "bf16"}
@@ -176,6 +176,7 @@ def _reference_elements(packed: Tensor, element: str) -> Tensor:
 
 
 @torch.library.custom_op("wush::dequantize", mutates_args=())
+@on_device
 def _dequantize(
     packed: Tensor,
     scale_bits: Tensor,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels.offline import Case
-from wush_kernels.support import check_tensor, require_support
+from wush_kernels.support import check_tensor, on_device, require_support
 
 MAX_SWEEPS = 40  # 16 are too few where sizes differ by 10^9 and more
 # A sweep whose largest cosine between columns was below this leaves cosines of its square over the relative distance of
@@ -55,13 +55,14 @@ def _kernel(matrices, values, vectors, MAX_SWEEPS: tl.constexpr, CONVERGED: tl.c
             v = v * cosine[:, None] + other_v * sine[:, None]
         sweep += 1
 
-    value = tl.sum(a * v, 1)
+    value = tl.where(worst <= CONVERGED, tl.sum(a * v, 1), float("nan"))
     earlier = (value[None, :] < value[:, None]) | ((value[None, :] == value[:, None]) & (k[None, :] < i[:, None]))
     rank = tl.where(value == value, tl.sum(earlier.to(tl.int32), 1), i)
     tl.store(values + tl.program_id(0) * G + rank, value * size)
     tl.store(vectors + base + k[None, :] * G + rank[:, None], v)
 
 
+@on_device
 def eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Values `(B, G)` and vectors `(B, G, G)` of symmetric positive definite matrices `(B, G, G)` float64.
 

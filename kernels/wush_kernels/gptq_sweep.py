@@ -23,7 +23,7 @@ from wush_kernels.groups import group_scales, reciprocal
 from wush_kernels.launch import scale_factor
 from wush_kernels.offline import Case
 from wush_kernels.spec import ELEMENTS, FormatSpec
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, on_device, require_support
 
 _ROWS = 16
 _BITS = {1: torch.uint8, 2: torch.int16}  # of scales, by their bytes
@@ -85,6 +85,7 @@ def supports(fmt: FormatSpec) -> bool:
     return (fmt.name, getattr(fmt, "scale_rule", "")) in ELEMENTS
 
 
+@on_device
 def gptq_sweep(
     block: Tensor,
     inverse: Tensor,

@@ -19,7 +19,7 @@ from torch import Tensor
 from wush_kernels.dequantize import element_value, reference_dequantize, rounded, scale_value
 from wush_kernels.offline import Case
 from wush_kernels.spec import FLOATS, FormatSpec
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, on_device, require_support
 
 OLDEST_CAPABILITY = (10, 0)
 FORMATS = {"mxfp4": "e8m0", "nvfp4": "e4m3"}
@@ -160,6 +160,7 @@ def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @torch.library.custom_op("wush::matmul_dot_scaled", mutates_args=())
+@on_device
 def _matmul_dot_scaled(
     a: Tensor,
     a_scales: Tensor,

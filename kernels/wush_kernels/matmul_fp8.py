@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.numerics import e2m1_value
-from wush_kernels.offline import Case
+from wush_kernels.offline import CAPABILITIES, Case
 from wush_kernels.spec import FLOATS
 from wush_kernels.split import finish, plan_splits
 from wush_kernels.support import INTERPRETED, check_aligned, check_tensor, operator, require_support
@@ -251,12 +251,13 @@ def offline_cases() -> Iterator[Case]:
         100: (r"tcgen05\.mma\S*kind::f8f6f4", "prmt.b32"),
         120: (r"mma\.sync\S*e5m2\.e5m2", "prmt.b32"),
     }
-    for rows, size in ((16, 4096), (16, 16384), (64, 4096), (64, 16384)):
+    tiles = ((16, 4096, True), (16, 4096, False), (32, 4096, True), (16, 16384, True), (64, 4096, True))
+    for rows, size, whole in (*tiles, (64, 16384, True)):
         tile = plan(rows, size, size, torch.device("cpu"))
         constants: dict[str, object] = {name: tile[name] for name in ("BLOCK_O", "BLOCK_M", "BLOCK_I")}
-        constants |= {"SPLIT": True, "WHOLE": True, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False}
+        constants |= {"SPLIT": True, "WHOLE": whole, "HAS_BIAS": True, "DECODE": _DECODE, "EMULATE": False}
         warps, stages = tile["num_warps"], tile["num_stages"]
         # on sm_100 a thread holds a row's sums and scales: with 64 tokens they spill; such GPUs multiply FP4 itself
-        on = (90, 100, 120) if rows == 16 else (90, 120)
-        name = f"{rows} tokens, {size} x {size}"
-        yield Case(name, _kernel, types, constants, expects, warps, stages, odd=("M",), capabilities=on)
+        on = CAPABILITIES if rows == 16 else (90, 120)
+        name = f"{rows} tokens, {size} x {size}{'' if whole else ', any I'}"
+        yield Case(name, _kernel, types, constants, expects, warps, stages, ("M",), (r"mma\S*bf16",), on)

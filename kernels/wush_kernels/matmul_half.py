@@ -249,12 +249,22 @@ def offline_cases() -> Iterator[Case]:
     patterns = {90: r"(?s)ld\.shared\.b16.*wgmma\.mma_async\S*f16", 100: r"tcgen05\.mma\S*kind::f16"}
     patterns[120] = r"mma\.sync\S*f16\.f16"
     expects = {capability: (pattern, "mul.rn.f16x2") for capability, pattern in patterns.items()}
-    for rows in (16, 64):
+    for rows, whole in ((16, True), (16, False), (32, True), (64, True)):
         tile = plan(rows, 4096, 4096, torch.device("cpu"))
         constants: dict[str, object] = {name: size for name, size in tile.items() if name.startswith("BLOCK")}
-        constants |= {"SPLIT": True, "WHOLE": True, "HAS_BIAS": True}
+        constants |= {"SPLIT": True, "WHOLE": whole, "HAS_BIAS": True}
         constants |= {"FACTORS": _FACTORS, "DECODE": _DECODE, "EMULATE": False}
         warps, stages = tile["num_warps"], tile["num_stages"]
         # 256 rows a tile spill on sm_120, which multiplies in registers; there 64 tokens take the 16-bit path
-        on = CAPABILITIES if rows == 16 else (90, 100)
-        yield Case(f"{rows} tokens", _kernel, types, constants, expects, warps, stages, ("M",), capabilities=on)
+        on = CAPABILITIES if rows <= 32 else (90, 100)
+        yield Case(
+            f"{rows} tokens{'' if whole else ', any I'}",
+            _kernel,
+            types,
+            constants,
+            expects,
+            warps,
+            stages,
+            ("M",),
+            capabilities=on,
+        )

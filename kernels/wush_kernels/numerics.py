@@ -10,12 +10,6 @@ import triton.language as tl
 
 
 @triton.jit
-def floor_log2(x):
-    """`floor(log2 |x|)` of float32 as int32: -127 for zero and subnormals, 128 for infinity and NaN."""
-    return ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-
-
-@triton.jit
 def power_of_two(exponent):
     """`2^exponent` in float32 for int32 exponents from -127 (a subnormal) to 127."""
     normal = ((exponent + 127) << 23).to(tl.float32, bitcast=True)

@@ -99,11 +99,6 @@ def compile_case(case: Case, capability: int) -> Compiled:
     )
 
 
-def disassemble(cubin: bytes) -> str:
-    """The machine code (SASS) of a compiled kernel."""
-    return _tool("cuobjdump", "-sass", cubin=cubin)
-
-
 def _tool(name: str, *arguments: str, cubin: bytes) -> str:
     import triton
 

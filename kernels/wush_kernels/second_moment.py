@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wush_kernels.offline import Case
 from wush_kernels.spec import FLOATS
-from wush_kernels.support import INTERPRETED, check_tensor, require_support
+from wush_kernels.support import INTERPRETED, check_tensor, on_device, require_support
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def _store(sums, out, row, column, I, diagonal, EVEN_I: tl.constexpr, ACCUMULATE
         tl.store(upper_at, tl.trans(sums))
 
 
+@on_device
 def second_moment(x: Tensor, out: Tensor | None = None, tiling: Tiling | None = None) -> Tensor:
     """`out + X^T X`, in place, or `X^T X` where no `out` `(I, I)`, symmetric float32, is given.
 

@@ -15,7 +15,7 @@ MOST_SPLITS = 16  # of a tile, whose sums one program adds
 def plan_splits(tiles: int, steps: int, device: torch.device, per_processor: int, fewest: int) -> int:
     """How many programs share the steps of a tile, with `per_processor` programs at a time on each multiprocessor.
 
-    At least as many as give every multiprocessor a program; more where they fill the GPU better and each still has
+    As many as the multiprocessors hold, one on each, at least; more where they fill the GPU better and each still has
     `fewest` steps.
     """
     if device.type != "cuda":

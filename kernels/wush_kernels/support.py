@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 9)  # the first with FP8 conversions
 INTERPRETED = triton.knobs.runtime.interpret
@@ -30,14 +32,29 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the device of a function's first tensor the current one while it runs: kernels are launched there."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: P.args, **options: P.kwargs) -> R:
+        device = next(one.device for one in arguments if isinstance(one, Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*arguments, **options)
+        with torch.cuda.device(device):
+            return function(*arguments, **options)
+
+    return guarded
+
+
 class Operator:
     """A custom operator of torch with a fake kernel: traced as such by `torch.compile`, and otherwise called directly,
-    since torch's dispatch costs the host several times what launching a kernel does.
+    since torch's dispatch costs the host several times what launching a kernel does. Its kernels run on the device of
+    its first tensor.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        self._function = function
-        self._op = torch.library.custom_op(name, function, mutates_args=())
+        self._function = on_device(function)
+        self._op = torch.library.custom_op(name, self._function, mutates_args=())
         self.register_fake = self._op.register_fake
 
     def __call__(self, *arguments: Any) -> Any:

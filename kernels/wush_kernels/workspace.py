@@ -6,11 +6,13 @@ stream that kernels are launched or captured on: graphs captured on one stream m
 """
 
 from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 _STREAMS, _COUNTERS = 16, 1 << 16
+_lock = Lock()
 
 
 @dataclass
@@ -27,7 +29,8 @@ def workspace(device: torch.device, counters: int) -> Tensor:
     """At least `counters` int32 zeros, for kernels of the current stream that set them back to zero."""
     scratch = _scratch(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    row = scratch.streams.setdefault(stream, len(scratch.streams))
+    with _lock:
+        row = scratch.streams.setdefault(stream, len(scratch.streams))
     if row < _STREAMS and counters <= _COUNTERS:
         return scratch.counters[row]
     return torch.zeros(counters, dtype=torch.int32, device=device)

@@ -49,7 +49,7 @@ def test_mxfp4_products_stay_within_the_accumulators_bound(
     shape: tuple[int, int, int], biased: bool, device: torch.device, generator: torch.Generator
 ) -> None:
     x, weight, bias = operands(*shape, device, generator)
-    x[0, :32] *= 2.0**20  # a span with a scale of its own
+    x[0, :32] *= 2.0**20  # a row with a scale of its own
     prepared = fp8(x, weight)
     expected, size = exact(x, weight, wush.MXFP4)
     assert ((reference_matmul_fp8(*prepared, 1 / 9) - expected).abs() <= FORMAT_ROUNDING * size).all()

@@ -7,7 +7,7 @@ import wush
 from wush_kernels.dequantize import operand_order
 from wush_kernels.fp8_operand import fp8_operand, reference_fp8_operand
 from wush_kernels.half_operand import half_operand, reference_half_operand
-from wush_kernels.workspace import flushed_groups
+from wush_kernels.workspace import flushed_groups, workspace
 
 
 @pytest.mark.parametrize("fmt", [wush.MXFP4, wush.Mxfp4("ocp")], ids=lambda f: f.scale_rule)
@@ -56,6 +56,7 @@ def test_the_counters_are_left_at_zero(device: torch.device, generator: torch.Ge
     first, second = fp8_operand(x, wush.MXFP4), fp8_operand(x, wush.MXFP4)
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[0].float(), second[0].float())
+    assert not workspace(device, 1).any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

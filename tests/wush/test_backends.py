@@ -267,6 +267,16 @@ def test_operands_are_made_once_and_again_when_the_weight_changes(generator: tor
     assert torch.equal(ours(x), expected)
 
 
+def test_compiled_code_makes_the_operands_of_a_loaded_layer_once(generator: torch.Generator) -> None:
+    ours, x = wush.use_kernels(layer(), "scaled_mm"), torch.randn(5, 96, generator=generator)
+    ours.load_state_dict(layer(seed=2).state_dict())
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    compiled(x)
+    made = operands_of(ours.own)
+    compiled(x)
+    assert operands_of(ours.own) is made
+
+
 def test_without_keeping_no_copy_of_the_weight_stays() -> None:
     sizes = {}
     for keep in (True, False):

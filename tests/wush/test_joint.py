@@ -60,6 +60,13 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     return seen
 
 
+def test_members_with_settings_of_their_own_run_apart(x: Tensor, products: list[int]) -> None:
+    together = joined()
+    wush.use_kernels(together.get_submodule(NAMES[1]), "torch", keep_operands=False)
+    together(x)
+    assert len(products) > 1
+
+
 @pytest.fixture
 def x(generator: torch.Generator) -> Tensor:
     return torch.randn(2, 5, 96, generator=generator)
