@@ -11,10 +11,11 @@ ALLOWED = {
     "run.py": {"experiments"},
     "experiments": {"experiments", "wush"},
     "wush": {"wush", "wush_kernels"},
-    "plots": {"plots", "wush"},
+    "plots": {"plots", "wush", "wush_kernels", "experiments"},  # of the last two only RECORDS
     "kernels": {"wush_kernels"},
     "kernels/wush_kernels/bench": {"wush_kernels", "wush"},  # measures whole layers and models
 }
+RECORDS = {"experiments.records", "wush_kernels.bench.record", "wush_kernels.bench.measurement"}
 OURS = {"run", "experiments", "wush", "wush_kernels", "plots"}
 TOP_LEVEL = {
     *("run.py", "conf", "wush", "kernels", "experiments", "plots", "notebooks", "tests"),
@@ -27,14 +28,18 @@ def sources(name: str) -> list[Path]:
     return [path] if path.is_file() else sorted(path.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level packages that a module imports, anywhere in it."""
+def modules(path: Path) -> set[str]:
+    """The modules that a module imports from, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module or "")
+    return names
+
+
+def packages(names: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
@@ -43,7 +48,12 @@ def test_imports_point_one_way(name: str) -> None:
     apart = [ROOT / other for other in ALLOWED if other.startswith(f"{name}/")]
     for path in sources(name):
         if not any(path.is_relative_to(folder) for folder in apart):
-            assert imported(path) & OURS <= ALLOWED[name], path
+            assert packages(modules(path)) & OURS <= ALLOWED[name], path
+
+
+def test_plots_read_records_and_nothing_else_of_what_makes_them() -> None:
+    for path in sources("plots"):
+        assert {name for name in modules(path) if packages({name}) & {"experiments", "wush_kernels"}} <= RECORDS, path
 
 
 def test_nothing_else_stands_at_the_top() -> None:
