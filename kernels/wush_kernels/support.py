@@ -37,7 +37,7 @@ def on_device(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def guarded(*arguments: P.args, **options: P.kwargs) -> R:
-        device = next(one.device for one in arguments if isinstance(one, Tensor))
+        device = next(one.device for one in (*arguments, *options.values()) if isinstance(one, Tensor))
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(*arguments, **options)
         with torch.cuda.device(device):

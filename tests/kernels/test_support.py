@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import wush
 import wush_kernels.support
-from wush_kernels.support import check_tensor, require_support, why_not
+from wush_kernels.quantize import quantize
+from wush_kernels.support import check_tensor, on_device, require_support, why_not
 
 CPU = torch.device("cpu")
 
@@ -46,6 +48,22 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     assert why_not(torch.device("cuda")) == "A100 has compute capability 8.0; 8.9 or newer is needed"
+
+
+def test_the_first_tensor_is_found_among_all_arguments() -> None:
+    guarded = on_device(lambda size, x: x[:size])
+    assert len(guarded(2, torch.zeros(3))) == len(guarded(size=2, x=torch.zeros(3))) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_kernels_run_on_the_device_of_their_tensors(generator: torch.Generator) -> None:
+    x = torch.randn(3, 64, generator=generator)
+    codes, scales = quantize(x.to("cuda:1"), wush.MXFP4)
+    expected = wush.MXFP4.quantize(x)
+    assert torch.equal(codes.cpu(), wush.MXFP4.pack(expected.codes))
+    assert torch.equal(scales.cpu().view(torch.uint8), expected.scales.view(torch.uint8))
+    assert torch.cuda.current_device() == 0
 
 
 def check(tensor: torch.Tensor, shape: tuple[int | None, ...], **others: object) -> None:
