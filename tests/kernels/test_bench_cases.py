@@ -101,6 +101,8 @@ def test_every_kernel_runs_and_is_right_at_tiny_sizes(monkeypatch: pytest.Monkey
         "second_moment",
         "half_weight",
         "gptq_sweep",
+        "eigen",
+        "coordinates",
     }
     for fmt in ("int4", "mxfp8"):
         assert {("quantize", f"{fmt} block"), ("quantize", f"{fmt} none"), ("dequantize", f"{fmt} to bf16")} < variants
@@ -127,6 +129,8 @@ def kernel_case(name: str, variant: str) -> cases.Case:
         ("half_operand", "mxfp4 none bf16", "half_operand"),
         ("half_weight", "mxfp8 to bf16", "dequantize"),
         ("gptq_sweep", "mxfp4 float64", "gptq_sweep"),
+        ("eigen", "32 x 32 float64", "eigen"),
+        ("coordinates", "32 x 32 float64", "coordinates"),
     ],
 )
 def test_a_wrong_kernel_is_found(name: str, variant: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:

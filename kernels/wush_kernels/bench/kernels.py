@@ -23,9 +23,11 @@ from wush_kernels.bench.timing import Effort
 Kernel = Callable[..., Any]
 SIZES = ((1024, 4096), (8192, 8192), (4096, 14336))
 TIES = 1e-4  # share of codes that may differ: a transform's sums are in another order, and a tie falls elsewhere
+FLOAT64 = 1e-9  # of matrices that float64 steps make
 SUMMED = 1e-3  # of a long float32 sum on tensor cores
 KINDS = ("block", "shared", "none")
 SWEPT_ROWS = (4096, 14336)
+FITTED_BLOCKS = (1, 448)  # transforms fitted at once: GPTQ refits one after another, and else all of a layer's
 
 
 def cases(effort: Effort, quick: bool) -> Iterator[Case]:
@@ -57,6 +59,9 @@ def cases(effort: Effort, quick: bool) -> Iterator[Case]:
         yield _second_moment(*size, effort)
     for rows in SWEPT_ROWS[: 1 if quick else 2]:
         yield _gptq_sweep(rows, FORMATS["mxfp4"], effort)
+    for blocks in FITTED_BLOCKS[: 1 if quick else 2]:
+        yield _eigen(blocks, 32, effort)
+        yield _coordinates(blocks, 32, effort)
 
 
 def _quantize(tokens: int, features: int, fmt: Format, kind: str, effort: Effort) -> Case:
@@ -259,6 +264,52 @@ def _gptq_sweep(rows: int, fmt: Format, effort: Effort) -> Case:
         return Prepared({OURS: [partial(call, *problem(rows)) for _ in range(effort.copies(moved))]}, check)
 
     return Case("gptq_sweep", f"{fmt.name} float64", rows, 0, size, Work(moved), prepare)
+
+
+def _eigen(blocks: int, size: int, effort: Effort) -> Case:
+    """Bytes are the matrices, once read and once written; the time is that of one program's many steps."""
+    moved = 16 * blocks * size * size
+
+    def prepare() -> Prepared:
+        from wush_kernels.eigen import eigen
+
+        def check() -> Errors:
+            matrices = _moments(blocks, size)
+            values, vectors = eigen(matrices)
+            return operands.compare((vectors * values[:, None]) @ vectors.mT, matrices, FLOAT64)
+
+        matrices = [_moments(blocks, size) for _ in range(effort.copies(moved))]
+        return Prepared({OURS: [partial(eigen, one) for one in matrices]}, check)
+
+    return Case("eigen", f"{size} x {size} float64", blocks, 0, size, Work(moved), prepare)
+
+
+def _coordinates(blocks: int, size: int, effort: Effort) -> Case:
+    """Bytes are a block's bfloat16 transform and four float64 matrices."""
+    moved = blocks * size * size * (2 + 8 * 4)
+
+    def prepare() -> Prepared:
+        from wush_kernels.coordinates import coordinates, reference_coordinates
+
+        def problem() -> tuple[Tensor, Tensor]:
+            transform = operands.transform(FORMATS["mxfp4"], blocks * size)
+            assert transform is not None
+            return transform.unsqueeze(0), torch.linalg.cholesky(_moments(blocks, size))
+
+        def check() -> Errors:
+            given = problem()
+            found, expected = (torch.stack(made(*given)) for made in (coordinates, reference_coordinates))
+            return operands.compare(found, expected, FLOAT64)
+
+        return Prepared({OURS: [partial(coordinates, *problem()) for _ in range(effort.copies(moved))]}, check)
+
+    return Case("coordinates", f"{size} x {size} float64", blocks, 0, size, Work(moved), prepare)
+
+
+def _moments(blocks: int, size: int) -> Tensor:
+    """Second moments `(blocks, G, G)` float64 of channels of unequal size."""
+    sample = operands.activations(8 * size * blocks, size).double().view(blocks, -1, size)
+    return sample.mT @ sample / sample.shape[1]
 
 
 def _sweep_matrices(fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
