@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from wush.device import no_triton
 from wush.formats import INT4, MXFP4, MXFP8, NVFP4, Format, Int4, Mxfp4, Nvfp4
-from wush.machine import TENSOR_CORES_FP4, Machine, machine, no_triton
+from wush.machine import TENSOR_CORES_FP4, Machine, machine
 from wush.operands import (
     PRODUCTS,
     How,
@@ -36,6 +37,7 @@ Kernels = Literal["auto", "torch", "triton", "scaled_mm"]
 # torch's matmul leaves most of the GPU idle; beyond, copies of the weight win. Measured with whole layers on an H100.
 DECODE_ROWS = {"mxfp4": 64, "nvfp4": 32}
 SMALL_TILES = 128
+PACKED = {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}  # the matmuls that decode packed weights
 TENSOR_CORES_BF16 = (8, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {
@@ -97,11 +99,11 @@ def choose(fmt: Format, machine: Machine, rows: int, shape: Shape, requested: Ke
         return Choice("torch", "torch", f"no kernel knows {fmt.name}")
     if requested == "auto" and (machine.capability is None or shape.dtype == torch.float32):
         return Choice("torch", "torch", "no CUDA GPU" if machine.capability is None else "a float32 model")
-    band, suited = _suited(fmt, rows, shape.out_features)
+    band, few = _band(fmt, rows, shape.out_features)
     reasons = [f"kernels={requested}" if requested != "auto" else band]
     if machine.no_triton:
         reasons.append(f"not triton: {machine.no_triton}")
-    for matmul in (*_candidates(fmt, machine, suited, requested), "torch"):
+    for matmul in (*_candidates(fmt, machine, few, requested), "torch"):
         obstacle = _obstacle(matmul, fmt, machine, shape)
         if obstacle is None:
             break
@@ -109,29 +111,32 @@ def choose(fmt: Format, machine: Machine, rows: int, shape: Shape, requested: Ke
     return Choice("torch" if machine.no_triton else "triton", matmul, "; ".join(reasons))
 
 
-def _suited(fmt: Format, rows: int, out_features: int) -> tuple[str, tuple[str, ...]]:
-    """The band of sizes that a product is in, and the matmuls that suit it on GPUs without FP4, best first."""
+def _band(fmt: Format, rows: int, out_features: int) -> tuple[str, bool]:
+    """The band of sizes that a product is in, and whether it has few enough tokens to decode packed weights."""
     if fmt.name not in DECODE_ROWS:
-        return "any M", ("packed", "half")
-    few, packed = DECODE_ROWS[fmt.name], {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}[fmt.name]
-    copies = ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
-    if rows <= few:
-        return f"M <= {few}", (packed, *copies)
-    if fmt.name == "nvfp4":
-        return f"M > {few}", copies
+        return "any M", True
+    most = DECODE_ROWS[fmt.name]
+    if rows <= most:
+        return f"M <= {most}", True
+    if fmt.name != "mxfp4":
+        return f"M > {most}", False
     if -(-out_features // 64) * -(-rows // 64) <= SMALL_TILES:
-        return f"M > {few}, {SMALL_TILES} tiles or fewer", (packed, *copies)
-    return f"M > {few}, more than {SMALL_TILES} tiles", copies
+        return f"M > {most}, {SMALL_TILES} tiles or fewer", True
+    return f"M > {most}, more than {SMALL_TILES} tiles", False
 
 
-def _candidates(fmt: Format, machine: Machine, suited: tuple[str, ...], requested: Kernels) -> tuple[str, ...]:
+def _candidates(fmt: Format, machine: Machine, few: bool, requested: Kernels) -> tuple[str, ...]:
     """The matmuls that suit, or those of them that are requested, best first."""
-    if machine.capability and machine.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
-        ours, library = ("dot_scaled",) * (requested != "scaled_mm"), ("scaled_mm_fp4",) * (requested != "triton")
-        return (*library, *ours, "half")
+    packed = PACKED.get(fmt.name, "packed")
+    if machine.capability and machine.capability >= TENSOR_CORES_FP4 and fmt.name in PACKED:
+        fp4 = {"triton": ("dot_scaled",), "scaled_mm": ("scaled_mm_fp4",)}
+        return (*fp4.get(requested, ("scaled_mm_fp4", "dot_scaled")), "half")
     if requested == "triton":
-        return {"mxfp4": "matmul_fp8", "nvfp4": "matmul_half"}.get(fmt.name, "packed"), "half"
-    return ("scaled_mm", "half") if requested == "scaled_mm" else suited
+        return packed, "half"
+    if requested == "scaled_mm":
+        return "scaled_mm", "half"
+    copies = ("scaled_mm", "half") if fmt.name == "mxfp4" else ("half",)
+    return (packed, *copies) if few else copies
 
 
 def _obstacle(matmul: str, fmt: Format, machine: Machine, shape: Shape) -> str | None:
@@ -239,13 +244,13 @@ def _run(x: Tensor, weight: Weight, settings: Settings) -> Tensor:
 def _choice(weight: Weight, operands: Operands, rows: int, dtype: torch.dtype, kernels: Kernels) -> Choice:
     """`choose` for a weight, worked out once for each band of sizes."""
     choices, fmt = operands.choices, weight.format
-    key = (_suited(fmt, rows, len(weight.packed))[0], dtype, kernels)
+    key = (_band(fmt, rows, len(weight.packed)), dtype, kernels)
     if key not in choices:
-        choices[key] = _chosen(weight, operands, rows, dtype, kernels)
-        message = f"{fmt.name} layers in {str(dtype).removeprefix('torch.')}: {choices[key]}"
+        choice = choices[key] = _chosen(weight, operands, rows, dtype, kernels)
+        message = f"{fmt.name} layers in {str(dtype).removeprefix('torch.')}: {choice}"
         if message not in _told:
             _told.add(message)
-            log.log(logging.WARNING if kernels != "auto" and "; not " in message else logging.INFO, "%s", message)
+            log.log(logging.WARNING if kernels != "auto" and "; not " in choice.why else logging.INFO, "%s", message)
     return choices[key]
 
 

@@ -4,7 +4,6 @@ A check of numbers on a GPU (is anything NaN, did a factorization fail) makes th
 is run by `without_waiting` has its checks collected instead, and read once at the end.
 """
 
-import importlib.util
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TypeVar
@@ -19,13 +18,20 @@ Result = TypeVar("Result")
 _collected: ContextVar[list[Tensor] | None] = ContextVar("_collected", default=None)
 
 
+def no_triton(device: torch.device) -> str | None:
+    """Why our kernels cannot run on a device, in one phrase; None when they can."""
+    if torch.version.hip:
+        return "no kernels for AMD GPUs"
+    try:
+        from wush_kernels.support import why_not
+    except ImportError as error:
+        return f"{error.name or 'Triton'} is not installed"
+    return why_not(device)
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether the quantizer's Triton kernels are used on a device: on a GPU that runs them."""
-    if device.type != "cuda" or torch.version.hip or importlib.util.find_spec("triton") is None:
-        return False
-    from wush_kernels.support import why_not
-
-    return why_not(device) is None
+    return device.type == "cuda" and no_triton(device) is None
 
 
 def found(flags: Tensor) -> bool:

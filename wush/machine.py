@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from wush.device import no_triton
 from wush.formats import Format
 from wush.operands import scaled_fp4, scaled_mm
 
@@ -33,17 +34,6 @@ def machine(device: torch.device, dtype: torch.dtype, fmt: Format) -> Machine:
     if found.capability and found.capability >= TENSOR_CORES_FP4 and fmt.name in ("mxfp4", "nvfp4"):
         found = replace(found, no_scaled_fp4=_trial(lambda: _try_scaled_fp4(device, fmt)))
     return found
-
-
-def no_triton(device: torch.device) -> str | None:
-    """Why our kernels cannot run on a device, in one phrase; None when they can."""
-    if torch.version.hip:
-        return "no kernels for AMD GPUs"
-    try:
-        from wush_kernels.support import why_not
-    except ImportError as error:
-        return f"{error.name or 'Triton'} is not installed"
-    return why_not(device)
 
 
 def _trial(attempt: Callable[[], object]) -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wush_kernels.dequantize import operand_order, reference_e2m1, reference_unpack
 from wush_kernels.offline import Case
-from wush_kernels.support import INTERPRETED, check_tensor, on_device, require_support
+from wush_kernels.support import INTERPRETED, check_aligned, check_tensor, on_device, require_support
 
 GROUP_SIZE = 32
 E4M3_WINDOW = (-8, 6)
@@ -191,8 +191,8 @@ def _window(packed: Tensor, scales: Tensor, lowest: int, highest: int) -> tuple[
 @torch.library.custom_op("wush::fp8_weight", mutates_args=("out",))
 @on_device
 def _fp8_weight(packed: Tensor, scale_bytes: Tensor, base: Tensor, out: Tensor) -> None:
-    if (packed.data_ptr() | out.data_ptr()) % 4:
-        raise ValueError("fp8_weight: packed and out must start at a multiple of 4 bytes; call .clone() on the slice")
+    check_aligned(packed, "fp8_weight: packed")
+    check_aligned(out, "fp8_weight: out")
     groups = scale_bytes.numel()
     if groups:
         _fp8_weight_kernel[(triton.cdiv(groups, _GROUPS_A_PROGRAM),)](

@@ -317,8 +317,7 @@ def _sweep_matrices(fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
     size = fmt.group_size
     inverse = operands.transform(fmt, size, "shared")
     assert inverse is not None
-    sample = operands.activations(8 * size, size).double()
-    factor = torch.linalg.cholesky(sample.T @ sample / len(sample))
+    factor = torch.linalg.cholesky(_moments(1, size)[0])
     return inverse.double(), factor / factor.diagonal(), factor.T.contiguous()
 
 
