@@ -9,7 +9,7 @@ Shape legend: `P` points; a row is a point.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import matplotlib as mpl
@@ -168,6 +168,7 @@ class Quantizer:
         return square @ np.diag(cost) + 2 * cost[0, 1] * mean[:, 0] * mean[:, 1]
 
 
+@cache
 def sample() -> Array:
     """Gaussian activations `(SAMPLES, 2)` with second moment `M_X`, the same at each call."""
     normal = np.random.default_rng(SEED).standard_normal((SAMPLES, 2))

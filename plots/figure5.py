@@ -7,6 +7,7 @@ largest to the median of the channels shown. Shape legend: `O` output features, 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +60,13 @@ class Layer:
     name: str
     weight_oi: Tensor
     inputs_mi: Tensor
+
+    @cached_property
+    def moments_ngg(self) -> Tensor:
+        """The diagonal blocks `(N, G, G)` of the inputs' second moment."""
+        moment = SecondMoment(self.inputs_mi.shape[1], name=self.name, block_size=MXFP4.group_size)
+        moment.add(self.inputs_mi)
+        return moment.diagonal_blocks(MXFP4.group_size)
 
 
 def draw(model: "LoadedModel | str | None" = None, block: int = BLOCK, linear: str = LINEAR) -> Figure:
@@ -120,9 +128,7 @@ def transformed(layer: Layer, name: str) -> tuple[Tensor, Tensor]:
     if transform is None:
         scale_i = smooth_scale(layer)
         return layer.inputs_mi / scale_i, layer.weight_oi * scale_i
-    moment = SecondMoment(layer.inputs_mi.shape[1], name=layer.name, block_size=MXFP4.group_size)
-    moment.add(layer.inputs_mi)
-    fitted = transform.fit(layer.weight_oi, moment.diagonal_blocks(MXFP4.group_size), layer.name)
+    fitted = transform.fit(layer.weight_oi, layer.moments_ngg, layer.name)
     return apply_blocks(layer.inputs_mi, fitted), transform_weight(layer.weight_oi, fitted, layer.name)
 
 
