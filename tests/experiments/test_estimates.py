@@ -132,7 +132,7 @@ def test_another_algorithm_or_device_says_nothing(store: Measured, tmp_path: Pat
     elsewhere = store.estimate(trial(tmp_path, "seed=1"), device="NVIDIA H100")
     assert (elsewhere.seconds, elsewhere.memory) == (None, None)
     assert elsewhere.basis == f"no Rtn trial was measured on NVIDIA H100, only on {HERE}"
-    assert store.estimate(trial(tmp_path, "format=bf16")).basis.startswith("no unquantized trial was measured")
+    assert store.estimate(trial(tmp_path, "format=original")).basis.startswith("no unquantized trial was measured")
 
 
 def test_stages_are_scaled_by_the_tokens_of_their_text(store: Measured, tmp_path: Path) -> None:

@@ -96,10 +96,10 @@ def failed() -> Outcome:
 
 
 def baseline() -> Outcome:
-    choices = {"model": "smollm2_135m", "format": "bf16"}
+    choices = {"model": "smollm2_135m", "format": "original"}
     metrics = measured(14.05, 0.0, 1.0, 16.0)
     result = Result.of(record("0" * 16, choices, metrics, None))
-    return Outcome("0" * 16, "bf16", choices, result, earlier=True, config=CONFIG)
+    return Outcome("0" * 16, "original", choices, result, earlier=True, config=CONFIG)
 
 
 def sweep() -> list[Outcome]:
@@ -169,7 +169,7 @@ def test_a_failed_trial_shows_its_config_and_where_it_ran() -> None:
 
 
 def test_an_unquantized_trial_is_never_the_best() -> None:
-    row = next(row for row in rows(render("grid", sweep())) if "bf16" in row)
+    row = next(row for row in rows(render("grid", sweep())) if "original" in row)
     assert "<strong>" not in row
     assert cells(row)[4:9] == ["14.05", "+0.00", "0.0000", "100.0", "16.00"]
 
@@ -196,8 +196,8 @@ def test_a_failed_trial_shows_its_reason_over_the_numbers_and_where_its_log_is()
 
 
 def test_a_label_that_a_trial_lacks_is_a_dash() -> None:
-    row = next(row for row in rows(render("grid", sweep())) if "bf16" in row)
-    assert cells(row)[:4] == ["smollm2_135m", "bf16", "–", "–"]
+    row = next(row for row in rows(render("grid", sweep())) if "original" in row)
+    assert cells(row)[:4] == ["smollm2_135m", "original", "–", "–"]
 
 
 def test_details_hold_what_a_trial_was_made_of() -> None:

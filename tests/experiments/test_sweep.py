@@ -136,7 +136,7 @@ def test_a_trial_gives_the_numbers_of_the_library_called_by_hand(cli: Cli) -> No
 
 
 def test_the_baseline_is_one_trial_and_changes_nothing(cli: Cli) -> None:
-    done = cli.small("-m", "format=bf16", "transform=h,wush", "algorithm=rtn,gptq")
+    done = cli.small("-m", "format=original", "transform=h,wush", "algorithm=rtn,gptq")
     assert "1 of 1 trials done" in done.stdout
     (record,) = records(cli)
     assert record.metrics.kl == 0
@@ -251,7 +251,7 @@ def test_labels_are_the_choices_and_what_differs() -> None:
 def test_labels_leave_out_what_a_trial_does_not_use() -> None:
     configs = [
         composed(f"format={f}", f"seed={s}", "calibration.seed=0", "transform=r")
-        for f in ("bf16", "int4")
+        for f in ("original", "int4")
         for s in (0, 1)
     ]
     plain, _, first, second = sweep.label(configs)
@@ -269,7 +269,7 @@ def test_a_planned_trial_has_its_validated_config_in_the_schemas_order() -> None
 
 def test_configs_that_are_one_trial_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        sweep.plan([composed("format=bf16", f"transform={t}") for t in ("h", "i", "wush")], [])
+        sweep.plan([composed("format=original", f"transform={t}") for t in ("h", "i", "wush")], [])
     assert "2 configs are the same trial as another one" in caplog.text
 
 

@@ -108,9 +108,9 @@ def test_a_sweep_says_once_how_to_upload_and_does_not_log_a_done_trial_again(cli
 
 
 def test_a_baselines_run_names_only_what_it_uses(cli: Cli) -> None:
-    cli.small("tracking=wandb", "format=bf16", HOME=str(cli.folder))
+    cli.small("tracking=wandb", "format=original", HOME=str(cli.folder))
     ((run, *_),) = [field(messages, "run") for messages in runs(cli.folder)]
-    assert (run.display_name, set(run.tags)) == ("tiny_llama bf16", {"tiny_llama", "bf16"})
+    assert (run.display_name, set(run.tags)) == ("tiny_llama original", {"tiny_llama", "original"})
 
 
 def test_a_trackers_warning_is_no_warning_about_the_result(tmp_path: Path) -> None:
