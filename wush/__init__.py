@@ -44,6 +44,7 @@ _HOMES = {
     "SecondMoment": "wush.moments",
     "Inputs": "wush.moments",
     "windows": "wush.texts",
+    "METHOD_VERSION": "wush.version",
     "NumericError": "wush.errors",
     "UnsupportedModelError": "wush.errors",
 }
