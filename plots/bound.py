@@ -37,10 +37,9 @@ class Points:
     @classmethod
     def of(cls, trials: Iterable[Trial]) -> "Points":
         """The layers of all the trials; those of which a value is not positive have no logarithm and are left out."""
-        values = np.concatenate([trial.losses.values for trial in trials])
-        values = values[(values > 0).all(axis=1)]
-        columns = (values[:, LOSSES.index(name)] for name in ("mse", "predicted", "bound", "relative"))
-        measured, predicted, bound, relative = columns
+        columns = [LOSSES.index(name) for name in ("mse", "even", "bound", "relative")]
+        values = np.concatenate([trial.losses.values[:, columns] for trial in trials])
+        measured, predicted, bound, relative = values[(values > 0).all(axis=1)].T
         return cls(measured, predicted, bound, measured / relative)
 
     @property

@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from experiments.records import SCHEMA_VERSION, Metrics, Record, Stage, Task
+from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Layer, Metrics, Record, Stage, Task
 
 COMMITTED = Path(__file__).parent / "records"
 PARTS = ("model", "format", "transform", "algorithm", "calibration", "evaluation")
 BASELINE = "bf16"
 NEUTRAL = ("batch_size", "layer_loss")  # keys of a config that change no result
 NAMED = 3  # files that a note names; of more it gives the number
-LOSSES = ("mse", "relative", "predicted", "bound")
+LOSSES = ("mse", "relative", "even", "paper_fp", "paper_int", "bound")
 
 
 class NoRecords(ValueError):
@@ -35,7 +35,10 @@ class NoRecords(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Layer losses of a trial: `layers` are (decoder block, linear), `values` `(layers, 4)` in the order `LOSSES`."""
+    """Layer losses of a trial: `layers` are (decoder block, linear), `values` `(layers, 6)` in the order `LOSSES`.
+
+    NaN where the record kept no such prediction.
+    """
 
     layers: tuple[tuple[int, str], ...]
     values: NDArray[np.float64]
@@ -114,7 +117,7 @@ class _Reading:
         try:
             trial = _light(Record.model_validate_json(content))
         except ValidationError as error:
-            if (version := _version(content)) not in (None, SCHEMA_VERSION):
+            if (version := _version(content)) not in (None, *READABLE_VERSIONS):
                 self.foreign[str(version)].append(path)
             else:
                 first = error.errors()[0]
@@ -170,7 +173,7 @@ def _light(record: Record) -> Trial:
     choices, config = record.choices, record.config
     restricted = config.get("quantize", {}).get("blocks")
     losses = _losses(record)
-    _check_finite(losses, record.tasks)
+    _check_finite(record.tasks)
     return Trial(
         trial_id=record.trial_id,
         **{part: sys.intern(choices[part]) if part in choices else None for part in PARTS},  # type: ignore[arg-type]
@@ -190,7 +193,7 @@ def _light(record: Record) -> Trial:
 
 def _losses(record: Record) -> Losses:
     found = [
-        (_place(block.index, layer.name), [getattr(layer.loss, name) for name in LOSSES])
+        (_place(block.index, layer.name), [_finite(block.index, layer, name) for name in LOSSES])
         for block in record.blocks
         for layer in block.layers
         if layer.loss is not None
@@ -198,6 +201,16 @@ def _losses(record: Record) -> Losses:
     return Losses(
         tuple(place for place, _ in found), np.array([values for _, values in found]).reshape(-1, len(LOSSES))
     )
+
+
+def _finite(block: int, layer: Layer, name: str) -> float:
+    """A loss of the layer, NaN where the record has none; raises `ValueError` for another that is no number."""
+    value: float | None = getattr(layer.loss, name)
+    if value is None:
+        return math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"the {name} of decoder block {block}, {layer.name.rpartition('.')[2]} is {value}")
+    return value
 
 
 @functools.cache
@@ -228,10 +241,7 @@ def _seeds(value: Any) -> Any:
     return {key: one for key, one in own.items() if one is not None} or None
 
 
-def _check_finite(losses: Losses, tasks: dict[str, Task]) -> None:
-    for place, name in np.argwhere(~np.isfinite(losses.values)):
-        block, layer = losses.layers[place]
-        raise ValueError(f"the {LOSSES[name]} of decoder block {block}, {layer} is {losses.values[place, name]}")
+def _check_finite(tasks: dict[str, Task]) -> None:
     for name, task in tasks.items():
         for run in task.runs:
             if task.metric not in run.values:

@@ -84,7 +84,7 @@ def _speed() -> tuple[str, str, str]:
     layers, record = read(Speedup), newest(RESULTS)
     if record is None:
         return "figure2", NOT_YET, "no record of a GPU"
-    whole = [(label.partition(" ")[0], ratios) for label, _, ratios in measured(record, layers).series[1:]]
+    whole = [(label.partition(" ")[0], ratios) for label, _, ratios in measured(record, layers).series[2:]]
     faster = [f"{label} {_counted([one > 1 for one in ratios if one])}" for label, ratios in whole]
     published = _counted([layer.wush_quantize_matmul > 1 for layer in layers])
     both = f"published (RTX 5090) {published}, ours ({record.environment['gpu']}) {', '.join(faster)}"
