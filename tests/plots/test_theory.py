@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wush
-from plots import figure1, figure4, figure5
+from plots import figure1, figure4, figure5, powers
 from plots.style import Absent
 from wush.models import LoadedModel, load_random
 from wush.transforms import Transform
@@ -149,7 +149,57 @@ def test_the_window_holds_the_largest_channel_and_whole_blocks() -> None:
         assert start <= channel < start + figure5.CHANNELS <= 576
 
 
-@pytest.fixture(params=["figure1", "figure4", "figure5"])
+def gaussian_layer(seed: int, tokens: int = 768) -> figure5.Layer:
+    """Of 64 channels that differ by a factor of 30 on either side, at other places; as many rows as tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(-0.75, 0.75, 64, dtype=torch.float64)[torch.randperm(64, generator=generator)]
+    inputs, weight = torch.randn(2, tokens, 64, generator=generator, dtype=torch.float64)
+    return figure5.Layer("a layer", weight * spread.flip(0), inputs * spread)
+
+
+@pytest.mark.parametrize("fmt", powers.FORMATS, ids=lambda fmt: fmt.name)
+def test_the_loss_against_the_power_is_symmetric_about_one_half_and_least_there(fmt: wush.Format) -> None:
+    layers = {str(seed): gaussian_layer(seed) for seed in range(3)}
+    found = powers.curves(layers, layers, fmt)
+    middle = powers.POWERS.index(0.5)
+    assert (found.measured[:, middle] == 1).all()
+    assert found.mean.argmin() == middle
+    assert (np.diff(found.mean) < 0).tolist() == [True] * middle + [False] * middle
+    np.testing.assert_allclose(found.mean, found.mean[::-1], rtol=0.1)
+    assert min(found.mean[0], found.mean[-1]) > 1.3
+    assert (found.predicted >= 1 - 1e-3).all()
+    np.testing.assert_allclose(found.predicted, found.predicted[:, ::-1], rtol=0.02)
+    np.testing.assert_allclose(found.mean, np.exp(np.log(found.predicted).mean(0)), rtol=0.15)
+    low, high = found.intervals
+    assert ((low <= found.mean) & (found.mean <= high)).all()
+
+
+def test_exchanging_weights_and_activations_reverses_the_curve() -> None:
+    layer = gaussian_layer(1)
+    other = figure5.Layer("exchanged", layer.inputs_mi, layer.weight_oi)
+    there, back = (powers.curves({"x": one}, {"x": one}, wush.NVFP4) for one in (layer, other))
+    np.testing.assert_allclose(there.measured, back.measured[:, ::-1], rtol=0.05)
+
+
+def test_a_power_of_one_is_hu_and_of_one_half_wush() -> None:
+    layer = gaussian_layer(2)
+    for power, transform in ((1.0, wush.Hu()), (0.5, wush.Wush())):
+        fitted = transform.fit(layer.weight_oi, layer.known)
+        own = wush.Wush(power=power).fit(layer.weight_oi, layer.known)
+        assert powers.loss(layer, own, wush.MXFP4) == pytest.approx(powers.loss(layer, fitted, wush.MXFP4), rel=1e-6)
+
+
+def test_the_powers_of_a_model_are_of_all_linears_of_its_block_and_held_out_tokens(tiny: LoadedModel) -> None:
+    figure = powers.draw(tiny, 0)
+    assert [axes.get_title() for axes in figure.axes] == ["MXFP4", "NVFP4", "INT4"]
+    assert all(len(axes.lines) == 7 + 2 for axes in figure.axes)
+    assert "the 7 linears of decoder block 0" in figure._supxlabel.get_text()  # type: ignore[attr-defined]
+    seen, held_out = (figure5.observe_block(tiny, 0, part=part) for part in ("calibration", "evaluation"))
+    assert not torch.equal(seen[LINEAR].inputs_mi, held_out[LINEAR].inputs_mi)
+    assert torch.equal(seen[LINEAR].weight_oi, held_out[LINEAR].weight_oi)
+
+
+@pytest.fixture(params=["figure1", "figure4", "figure5", "powers"])
 def drawings(request: pytest.FixtureRequest, tiny: LoadedModel) -> list[bytes]:
     found = []
     for _ in range(2):
@@ -157,6 +207,7 @@ def drawings(request: pytest.FixtureRequest, tiny: LoadedModel) -> list[bytes]:
             "figure1": figure1.draw,
             "figure4": figure4.draw,
             "figure5": lambda: figure5.draw(tiny, 1, LINEAR),
+            "powers": lambda: powers.draw(tiny, 1),
         }[request.param]()
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=50, metadata={"Software": None})
