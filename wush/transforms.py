@@ -162,8 +162,8 @@ class Wus(Transform):
 class Wush(Transform):
     """`T = Hd S^-1/2 U^T L^T`: both sides get the same second moment, and its diagonal is constant.
 
-    `power` p, 0 to 1: `T_p = Hd S^(p-1) U^T L^T`. Inputs get the moment `Hd S^2p Hd^T` and the weight `Hd S^(2-2p) Hd^T`:
-    1 is `hu`, 1/2 balances them, 0 is `hu` with the sides exchanged.
+    `power` p, 0 to 1: `T_p = Hd S^(p-1) U^T L^T`, with which inputs have the moment `Hd S^2p Hd^T` and the weight
+    `Hd S^(2-2p) Hd^T`: 1 is `hu`, 1/2 balances them, 0 is `hu` with the sides exchanged.
     `signs`: None takes the canonical signs of eigenvectors (`_canonical`), a seed random ones, each tile its own: the
     method leaves them free, and results depend on them.
     """

@@ -125,9 +125,7 @@ def test_the_kernels_eigenvectors_give_the_transform_of_lapacks(
 @pytest.mark.gpu
 @FITTED
 @pytest.mark.parametrize("size", [16, 32])
-def test_a_gpu_gives_the_transform_of_a_cpu(
-    size: int, transform: type[wush.Wush], generator: torch.Generator
-) -> None:
+def test_a_gpu_gives_the_transform_of_a_cpu(size: int, transform: type[wush.Wush], generator: torch.Generator) -> None:
     weight, inputs = problem(generator, 1000, size, 4 * size)
     expected = transform().fit(weight, inputs)
     found = transform().fit(weight.cuda(), wush.Inputs(inputs.moments_ngg.cuda())).cpu()
@@ -166,9 +164,7 @@ def test_signs_depend_on_seed_layer_and_tile_and_on_no_order(generator: torch.Ge
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
-def test_gptq_refits_each_tile_with_the_signs_that_were_drawn_for_it(
-    share: bool, generator: torch.Generator
-) -> None:
+def test_gptq_refits_each_tile_with_the_signs_that_were_drawn_for_it(share: bool, generator: torch.Generator) -> None:
     weight, _ = problem(generator, rows=40)
     moment = wush.SecondMoment(96)
     moment.add(torch.randn(1, 400, 96, generator=generator))
@@ -216,7 +212,9 @@ def test_linears_fed_by_one_tensor_see_one_rotation_and_its_bits_count(
     report = quantize(model, tokens(generator), wush.MXFP4, transform=transform, algorithm=algorithm)
     layers = {layer.name: layer for layer in report.blocks[1].layers}
     found = {name: model.model.layers[1].get_submodule(name).transform for name in layers}
-    assert all(transform.shape == (64 // 32 * (2 if "down" in name else 1), 32, 32) for name, transform in found.items())
+    assert all(
+        transform.shape == (64 // 32 * (2 if "down" in name else 1), 32, 32) for name, transform in found.items()
+    )
     for name in NAMES[1:]:
         assert torch.equal(found[f"self_attn.{name}"], found["self_attn.q_proj"])
     assert torch.equal(found["mlp.up_proj"], found["mlp.gate_proj"])

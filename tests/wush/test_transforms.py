@@ -327,12 +327,12 @@ def test_a_moment_that_is_no_moment_is_an_error_that_names_the_layer_and_the_til
     weight, _, inputs = layer(generator)
     indefinite = wush.Inputs(inputs.moments_ngg.clone())
     indefinite.moments_ngg[1] -= 2 * indefinite.moments_ngg[1].trace() / 32 * torch.eye(32, dtype=torch.float64)
-    with pytest.raises(wush.NumericError, match="^down_proj input: second moment is not positive definite"):
+    with pytest.raises(wush.NumericError, match=r"^down_proj input: second moment is not positive definite"):
         transform.fit(weight, indefinite, "down_proj")
-    with pytest.raises(wush.NumericError, match="^down_proj input tile 1: second moment is not positive definite"):
+    with pytest.raises(wush.NumericError, match=r"^down_proj input tile 1: second moment is not positive definite"):
         transform.fit(weight[:, 32:64], indefinite.block(1), "down_proj")
     weight[3, 40] = torch.nan
-    with pytest.raises(wush.NumericError, match="^down_proj weight: second moment is not positive definite"):
+    with pytest.raises(wush.NumericError, match=r"^down_proj weight: second moment is not positive definite"):
         transform.fit(weight, inputs, "down_proj")
 
 
