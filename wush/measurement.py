@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from wush.decoder import BlockCalls, find_blocks, record_calls, run_block
+from wush.decoder import BlockCalls, find_blocks, known_route, record_calls, run_block
 from wush.errors import NumericError
 from wush.linear import QuantLinear
 from wush.losses import LayerLoss, share, theory
@@ -54,8 +54,8 @@ def measure(
 
     Both blocks of a pair get the quantized model's hidden states. `layer_losses`: also what each quantized linear costs
     for the inputs that it has in the original block; a linear that no token reaches has none, and theory is by the
-    moments of these tokens. The original may be on another device: one block at a time comes over. Nothing is run
-    after the last quantized block. Raises `ValueError` for two models that are no such pair, `NumericError` for an
+    moments of these tokens. The original may be on another device: one block at a time comes over. The windows do not
+    go beyond the last quantized block. Raises `ValueError` for two models that are no such pair, `NumericError` for an
     error that is not finite.
     """
     progress = progress or Silent()
@@ -69,7 +69,9 @@ def measure(
         raise ValueError("no windows to measure on; pass token ids (W, M)")
     with evaluation_mode(original), evaluation_mode(quantized):
         device = _device(others)
-        calls = [record_calls(quantized, others, batch.ids.to(device)) for batch in batches(windows, batch_size)]
+        ids = [batch.ids.to(device) for batch in batches(windows, batch_size)]
+        route = known_route(quantized, others, ids[0])
+        calls = [record_calls(quantized, others, batch, route) for batch in ids]
         found = []
         for index in progress.track(range(chosen[-1] + 1), "measured decoder blocks", chosen[-1] + 1):
             if index in chosen:

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from wush.lost import Lost
 
+# Bits of a weight that is not quantized, whatever dtype the model was loaded in.
+WHOLE = 16
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -40,16 +43,33 @@ class BlockReport:
 
 @dataclass
 class QuantizationReport:
-    """What `quantize` did, block by block; `skipped` are what was left as it was, with the reason."""
+    """What `quantize` did, block by block; `skipped` are what was left as it was, with the reason.
+
+    `weights`: how many numbers all weights of the decoder blocks have, two-dimensional ones and stacks of experts.
+    """
 
     blocks: list[BlockReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    weights: int = 0
 
     @property
     def bits_per_weight(self) -> float:
-        """Average over all quantized weights: codes, scales and transforms counted."""
-        layers = [layer for block in self.blocks for layer in block.layers]
-        return sum(layer.bits_per_weight * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
+        """Average over all weights of the decoder blocks: codes, scales and transforms counted, 16 for one left whole."""
+        stored = sum(layer.bits_per_weight * layer.weights for layer in self._layers)
+        return (stored + WHOLE * (self.weights - self._quantized)) / self.weights
+
+    @property
+    def quantized_share(self) -> float:
+        """The share of the decoder blocks' weights that is quantized."""
+        return self._quantized / self.weights
+
+    @property
+    def _layers(self) -> list[LayerReport]:
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def _quantized(self) -> int:
+        return sum(layer.weights for layer in self._layers)
 
     @property
     def lost(self) -> dict[str, Lost]:

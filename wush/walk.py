@@ -1,9 +1,9 @@
 """The walk through a model: each decoder block is calibrated, quantized and left behind (method: a model)."""
 
-import fnmatch
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +11,19 @@ from torch import Tensor, nn
 
 from wush.algorithms import Algorithm, QuantizedWeight
 from wush.backends import DEFAULT, Settings
-from wush.decoder import BlockCalls, find_blocks, linear_inputs, linears, record_calls, run_block
+from wush.decoder import (
+    BlockCalls,
+    calls_of,
+    check_windows,
+    follow,
+    linear_inputs,
+    linears,
+    record_calls,
+    run_block,
+)
 from wush.device import without_waiting
 from wush.errors import NumericError, UnsupportedModelError
-from wush.formats import Format, check_groups
+from wush.formats import Format
 from wush.linear import QuantLinear
 from wush.losses import share
 from wush.lost import counting, warn
@@ -23,6 +32,8 @@ from wush.moments import SecondMoment
 from wush.operands import transformed
 from wush.progress import Progress, Silent
 from wush.reports import BlockReport, LayerReport, QuantizationReport, SavedBlocks
+from wush.saving import refuse_saving
+from wush.survey import survey
 from wush.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -83,15 +94,13 @@ def quantize(
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already; load the original again")
-    blocks_name, decoder_blocks = find_blocks(model)
     report = QuantizationReport() if report is None else report
-    _check_excludes(exclude, blocks_name, decoder_blocks)
-    indices = _select(blocks, blocks_name, len(decoder_blocks), report)
-    chosen = {index: _choose(f"{blocks_name}.{index}", decoder_blocks[index], exclude, report) for index in indices}
-    _check_layers(blocks_name, decoder_blocks, chosen, format)
+    surveyed = survey(model, format, exclude, blocks, report)
+    blocks_name, decoder_blocks, chosen = surveyed.name, surveyed.blocks, surveyed.chosen
     calls = _record_batches(model, decoder_blocks, batches, "calibration", progress)
     work = _Work(format, transform, algorithm, calls, saved, progress, settings)
-    walked = list(decoder_blocks)[: indices[-1] + 1]
+    walked = list(decoder_blocks)[: max(chosen) + 1]
+    refuse_saving(model)
     for index, block in progress.track(enumerate(walked), "decoder blocks", len(walked)):
         if index not in chosen:
             _pass_on(block, index, calls, next(block.parameters()).device)
@@ -115,7 +124,7 @@ def _quantize_block(name: str, block: nn.Module, index: int, names: list[str], w
     groups, outputs = _calibrate(name, block, index, names, work, device)
     layers = _quantize_layers(name, block, index, groups, work, device)
     work.progress.detail(f"{name} output error")
-    with counting(block) as count:
+    with _all_used(name, block, layers), counting(block) as count:
         mse, relative = _advance(block, work.calls, index, outputs, device)
     lost = count.found()
     layers = [replace(layer, lost=lost.get(layer.name)) for layer in layers]
@@ -164,37 +173,6 @@ def _tensors(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _choose(name: str, block: nn.Module, exclude: Sequence[str], report: QuantizationReport) -> list[str]:
-    """The linears of a block to quantize; what is left as it is, excluded or no `nn.Linear`, goes into the report."""
-    for parameter_name, parameter in block.named_parameters():
-        owner = block.get_submodule(parameter_name.rpartition(".")[0])
-        if parameter.ndim > 1 and not isinstance(owner, nn.Linear):
-            report.skipped[f"{name}.{parameter_name}"] = f"{type(owner).__name__} is no nn.Linear"
-            log.warning("%s.%s: not quantized, %s is no nn.Linear", name, parameter_name, type(owner).__name__)
-    names = []
-    for linear in linears(block):
-        pattern = next((p for p in exclude if fnmatch.fnmatchcase(f"{name}.{linear}", p)), None)
-        if pattern is None:
-            names.append(linear)
-        else:
-            report.skipped[f"{name}.{linear}"] = f"excluded by {pattern!r}"
-    return names
-
-
-def _select(blocks: Sequence[int] | None, name: str, total: int, report: QuantizationReport) -> list[int]:
-    """The decoder blocks to quantize, in order; that the others are not goes into the report."""
-    if blocks is None:
-        return list(range(total))
-    selected = sorted(set(blocks))
-    if not selected or not 0 <= selected[0] <= selected[-1] < total:
-        raise ValueError(
-            f"quantize.blocks={list(blocks)}: choose some of the decoder blocks 0 to {total - 1} of {name}"
-        )
-    if len(selected) < total:
-        report.skipped[name] = f"all but {', '.join(map(str, selected))}, chosen by quantize.blocks"
-    return selected
-
-
 def _note_unrun(done: BlockReport, names: list[str], report: QuantizationReport) -> None:
     """Put linears that the calibration did not reach into the report."""
     for missing in sorted(set(names) - {layer.name for layer in done.layers}, key=names.index):
@@ -202,41 +180,18 @@ def _note_unrun(done: BlockReport, names: list[str], report: QuantizationReport)
         log.warning("%s.%s: not quantized, the block's forward does not run it", done.name, missing)
 
 
-def _check_layers(blocks_name: str, blocks: nn.ModuleList, chosen: Mapping[int, list[str]], fmt: Format) -> None:
-    """Refuse, with every problem listed, what would fail later: sizes and non-finite weights."""
-    problems = []
-    for index, names in chosen.items():
-        for name in names:
-            linear, what = linears(blocks[index])[name], f"{blocks_name}.{index}.{name}"
-            try:
-                check_groups(linear.in_features, fmt, what)
-            except ValueError as error:
-                problems.append(str(error))
-            if not linear.weight.isfinite().all():
-                raise NumericError(f"{what}: NaN or infinity in the weight; the checkpoint is damaged")
-    if problems:
-        raise ValueError("\n".join(problems))
-    if not any(chosen.values()):
-        raise UnsupportedModelError("every linear is excluded: nothing to quantize; use format=original for a baseline")
-
-
 def _record_batches(
     model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], what: str, progress: Progress
 ) -> list[BlockCalls]:
+    """What the blocks are called with for each batch, every one of which is checked before the first runs."""
     if not len(batches):
         raise ValueError(f"no {what} batches; pass at least one tensor of token ids (B, M)")
+    for batch in batches:
+        check_windows(model, batch, what)
     device = next(blocks.parameters()).device
+    route = follow(model, blocks, batches[0].to(device))
     tracked = progress.track(batches, f"{what} batches", len(batches))
-    return [record_calls(model, blocks, batch.to(device)) for batch in tracked]
-
-
-def _check_excludes(exclude: Sequence[str], blocks_name: str, blocks: nn.ModuleList) -> None:
-    """Raise `ValueError` for patterns that match no linear, with some names that could be meant."""
-    names = [f"{blocks_name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in linears(block)]
-    useless = [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]
-    if useless:
-        known = ", ".join(names[: len(linears(blocks[0]))])
-        raise ValueError(f"quantize.exclude={useless} matches no linear; the first decoder block has: {known}")
+    return [record_calls(model, blocks, batch.to(device), route) for batch in tracked]
 
 
 def _calibrate(
@@ -346,6 +301,25 @@ def _with_input_scales(
         [replace(weight, input_scale=scales[n, id(weight.transform)]) for weight in weights]
         for n, weights in enumerate(results)
     ]
+
+
+@contextmanager
+def _all_used(name: str, block: nn.Module, layers: Sequence[LayerReport]) -> Iterator[None]:
+    """Refuse a block that does more with its linears than call them where they are registered."""
+    with calls_of(block, [layer.name for layer in layers]) as ran:
+        try:
+            yield
+        except (AttributeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{name}: its forward needs an nn.Linear for more than to call it ({error}); leave that layer out with "
+                "quantize.exclude=[...]"
+            ) from error
+    unused = [layer.name for layer in layers if layer.name not in ran]
+    if unused:
+        raise UnsupportedModelError(
+            f"{name}: its forward goes on with the original {', '.join(unused)}, which it holds in another place (a "
+            "list, a closure); leave it out with quantize.exclude=[...]"
+        )
 
 
 def _bits_per_weight(layer: QuantLinear, own: int, sharing: int) -> float:
