@@ -21,7 +21,7 @@ from experiments.records import Block, BlockError, Data, Metrics, Record, Stage,
 from experiments.tracking import Tracking
 from wush import backends
 from wush.progress import Progress
-from wush.texts import sha256_of_ids
+from wush.texts import PAD, batches, sha256_of_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ class Stages:
             text_sha256=planned.get("sha256"),
             source=text.source(),
             ids_sha256=sha256_of_ids(ids),
-            tokens=ids.numel(),
+            tokens=int((ids != PAD).sum()),
         )
         return ids
 
@@ -132,7 +132,7 @@ class Stages:
         with measured(found.stages, "quantize", found.device):
             wush.quantize(
                 loaded.model,
-                calibration.split(found.batch_size("calibration")),
+                [batch.ids for batch in batches(calibration, found.batch_size("calibration"))],
                 format=instantiate(config["format"]),
                 transform=instantiate(config["transform"]),
                 algorithm=instantiate(config["algorithm"]),
