@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from experiments.records import SCHEMA_VERSION, Failure, Record, Result
+from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Failure, Record, Result
 from experiments.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -151,12 +151,12 @@ class _Version(BaseModel):
 
 
 def _check_version(path: Path, content: bytes) -> None:
-    """Raise `ConfigError` for a record of another schema version; what cannot be read is not judged here."""
+    """Raise `ConfigError` for a record of a schema version that is not read; what cannot be read is not judged here."""
     try:
         version = _Version.model_validate_json(content).schema_version
     except ValidationError:
         return
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise ConfigError(
             f"{path}: written by schema version {version}, this program reads {SCHEMA_VERSION}; "
             "move the file away to run the trial again, or set results=... to another folder"

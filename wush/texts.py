@@ -18,6 +18,39 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Fills a window that is shorter than others up to their length; no token of any vocabulary.
+PAD = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of equal length that are run together: `rows` `(B,)` tells which they are, `ids` `(B, m)` their tokens.
+
+    No token is padding.
+    """
+
+    rows: Tensor
+    ids: Tensor
+
+
+def batches(windows: Tensor, size: int) -> list[Batch]:
+    """Windows `(W, M)`, shorter ones filled with `PAD` at their end, as batches of up to `size` without any padding.
+
+    Windows of equal length are together and in order, the longest first: what does not fit in memory fails at once.
+    Raises `ValueError` for a window that is padding alone, or has padding before a token.
+    """
+    import torch
+
+    real = windows != PAD
+    lengths = real.sum(1)
+    if not lengths.all() or not torch.equal(real, torch.arange(windows.shape[1]) < lengths[:, None]):
+        raise ValueError("windows are filled with PAD at their end alone, and each has a token")
+    found = []
+    for length in lengths.unique().flip(0).tolist():
+        for rows in (lengths == length).nonzero().flatten().split(size):
+            found.append(Batch(rows, windows[rows, :length]))
+    return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextWindows(ABC):
@@ -46,7 +79,10 @@ class TextWindows(ABC):
         return None
 
     def cut(self, tokenizer: Any, what: str) -> Tensor:
-        """The windows, `(windows, window_length)` int64; raises `ValueError` naming `what` for too short a text."""
+        """The windows, `(W, M)` int64; raises `ValueError` naming `what` for too short a text.
+
+        Windows shorter than `M` are filled with `PAD` at their end; `batches` takes it off again.
+        """
         ids = tokenizer(self.text(), return_tensors="pt", verbose=False).input_ids[0]
         return windows(ids, self.windows, self.window_length, what, self.seed)
 

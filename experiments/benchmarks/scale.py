@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import plans
-from experiments.records import Block, Data, Layer, Metrics, Record, Stage, now
+from experiments.records import Block, BlockError, Data, Layer, Metrics, Record, Stage, now
 from experiments.standing import Standing
 from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
@@ -210,9 +210,9 @@ def _block(index: int, level: float) -> Block:
         for name, weights in group.items()
     ]
     error = level * 0.012975545558101511 / (1 + index)
-    return Block(
-        index=index, name=f"model.layers.{index}", mse=error * 3.7, relative_mse=error, seconds=1.3, layers=layers
-    )
+    errors = {"calibration": BlockError(mse=error * 3.7, relative=error)}
+    errors["held_out"] = BlockError(mse=error * 4.1, relative=error * 1.1)
+    return Block(index=index, name=f"model.layers.{index}", **errors, seconds=1.3, layers=layers)
 
 
 def _print(costs: Sequence[Cost]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
+from experiments.records import Block, BlockError, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
 from experiments.store import DamagedRecord, ResultStore
 from experiments.views.report import render_report
 from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
@@ -35,7 +35,8 @@ def blocks(level: float) -> list[Block]:
         relative = level * 10 ** (3 * i / BLOCKS - 3) * (6 if i == 1 else 1 + 0.3 * math.sin(3 * i))
         layer = Layer(name="mlp.up_proj", shared_input=["mlp.gate_proj"], bits_per_weight=4.25, weights=884736)
         name = f"model.layers.{i}"
-        found.append(Block(index=i, name=name, mse=relative * 1e4, relative_mse=relative, seconds=1.3, layers=[layer]))
+        error = BlockError(mse=relative * 1e4, relative=relative)
+        found.append(Block(index=i, name=name, calibration=error, held_out=error, seconds=1.3, layers=[layer]))
     return found
 
 

@@ -98,7 +98,7 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert record.data["evaluation"].text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
     assert record.data["calibration"].tokens == 2 * 32
     assert [block.index for block in record.blocks] == [0, 1]
-    assert all(block.mse > 0 and len(block.layers) == 7 for block in record.blocks)
+    assert all(block.calibration.mse > 0 and len(block.layers) == 7 for block in record.blocks)
     assert set(record.stages) == {"load", "original", "quantize", "evaluate"}
     assert all(stage.peak_memory_bytes > 10**7 for stage in record.stages.values())  # type: ignore[operator]
     assert torch.__version__.startswith(record.versions["torch"])
@@ -132,7 +132,7 @@ def test_a_trial_gives_the_numbers_of_the_library_called_by_hand(cli: Cli) -> No
     assert record.metrics.kl == found.kl
     assert record.metrics.perplexity == found.perplexity
     assert record.metrics.bits_per_weight == report.bits_per_weight
-    assert [block.mse for block in record.blocks] == [block.mse for block in report.blocks]
+    assert [block.calibration.mse for block in record.blocks] == [block.mse for block in report.blocks]
 
 
 def test_the_baseline_is_one_trial_and_changes_nothing(cli: Cli) -> None:

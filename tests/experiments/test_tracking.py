@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from experiments.logs import logged
-from experiments.records import Block
+from experiments.records import Block, BlockError
 from tests.experiments.conftest import ROOT, Cli, environment
 from tests.experiments.test_store import record
 from tests.experiments.wandb_server import Fault, serving
@@ -157,7 +157,7 @@ for trial_id in trials.split(","):
 
 
 def a_block(index: int) -> Block:
-    return Block(index=index, name="b", mse=1.0, relative_mse=0.1, seconds=1.0, layers=[])
+    return Block(index=index, name="b", calibration=BlockError(mse=1.0, relative=0.1), seconds=1.0, layers=[])
 
 
 def variables(home: Path, url: str, **more: str) -> dict[str, str]:

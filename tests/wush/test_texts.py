@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from wush.models import byte_tokenizer
-from wush.texts import EmbeddedText, TextFile, sha256_of_ids, windows
+from wush.texts import PAD, EmbeddedText, TextFile, batches, sha256_of_ids, windows
 
 SIZES = {"windows": 4, "window_length": 16, "batch_size": 2}
 
@@ -74,3 +74,38 @@ def test_a_file_that_is_missing_no_text_or_empty_is_an_error(
     with pytest.raises(ValueError, match=message) as raised:
         TextFile(path=str(path), **SIZES).text()
     assert str(path) in str(raised.value)
+
+
+def padded(lengths: list[int]) -> torch.Tensor:
+    """Windows of these lengths whose tokens are all different."""
+    filled = torch.full((len(lengths), max(lengths)), PAD)
+    for row, length in enumerate(lengths):
+        filled[row, :length] = torch.arange(length) + 100 * row
+    return filled
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize("lengths", [[5, 5, 5, 5, 5], [3, 7, 3, 1, 7, 7, 3], [1], [9, 8, 7]])
+def test_batches_hold_every_token_once_and_no_padding(lengths: list[int], size: int) -> None:
+    filled = padded(lengths)
+    found = batches(filled, size)
+    assert sorted(row for batch in found for row in batch.rows.tolist()) == list(range(len(lengths)))
+    for batch in found:
+        assert 1 <= len(batch.rows) <= size
+        assert batch.ids.dtype == torch.int64
+        for row, ids in zip(batch.rows.tolist(), batch.ids, strict=True):
+            assert ids.tolist() == filled[row][filled[row] != PAD].tolist()
+
+
+def test_windows_of_equal_length_are_batched_in_order_and_together() -> None:
+    filled = padded([4] * 7)
+    assert torch.equal(torch.cat([batch.rows for batch in batches(filled, 3)]), torch.arange(7))
+    assert [len(batch.rows) for batch in batches(filled, 3)] == [3, 3, 1]
+    mixed = [batch.rows.tolist() for batch in batches(padded([2, 5, 2, 5, 2]), 2)]
+    assert mixed == [[1, 3], [0, 2], [4]]
+
+
+@pytest.mark.parametrize("wrong", [[[1, 2], [PAD, PAD]], [[1, 2, 3], [PAD, 2, 3]], [[1, PAD, 3]]])
+def test_padding_anywhere_but_at_the_end_is_refused(wrong: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="at their end alone"):
+        batches(torch.tensor(wrong), 2)
