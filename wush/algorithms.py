@@ -273,6 +273,7 @@ def _transformed(weight_oi: Tensor, matrix: Tensor, transform: Transform, what: 
 
 
 def stored(matrix: Tensor, transform: Transform) -> Tensor | None:
+    """The transform as a layer keeps it: None for the identity, which costs nothing."""
     return None if isinstance(transform, Identity) else matrix
 
 
