@@ -140,8 +140,17 @@ Transform = Annotated[
 # --- algorithm
 
 
-class Algorithm(_Built):
+class PlainAlgorithm(_Built):
     target: Literal["wush.Rtn", "wush.Gptq"] = Field(alias="_target_")
+
+
+class MrGptq(_Built):
+    target: Literal["wush.MrGptq"] = Field(alias="_target_")
+    scale_search: bool
+    activation_order: bool
+
+
+Algorithm = Annotated[PlainAlgorithm | MrGptq, Field(discriminator="target")]
 
 
 # --- calibration and evaluation

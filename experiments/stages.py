@@ -22,6 +22,7 @@ from experiments.tracking import Tracking
 from wush import backends
 from wush.progress import Progress
 from wush.texts import PAD, batches, sha256_of_ids
+from wush.version import METHOD_VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -225,6 +226,7 @@ def _record(found: Findings, restored_blocks: int) -> Record:
         versions=found.environment["versions"],
         git_commit=found.environment["git_commit"],
         model_revision=found.revision,
+        method_version=METHOD_VERSION,
         environment=machine,
         started_at=found.started,
         finished_at=now(),

@@ -46,6 +46,7 @@ _HOMES = {
     "Wush": "wush.transforms",
     "Rtn": "wush.algorithms",
     "Gptq": "wush.algorithms",
+    "MrGptq": "wush.mr_gptq",
     "SecondMoment": "wush.moments",
     "Inputs": "wush.moments",
     "windows": "wush.texts",
