@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from experiments.identity import BASELINE, UNUSED_BY_BASELINE, text_of
 from experiments.query import FILES_AT_ONCE
-from experiments.records import SCHEMA_VERSION, Stage
+from experiments.records import READABLE_VERSIONS, Stage
 from experiments.store import DamagedRecord, ResultStore
 from experiments.trial import Trial
 
@@ -269,7 +269,7 @@ def parts(files: Sequence[Path], paths: Sequence[str]) -> Iterator[list[str | No
 
         for start in range(0, len(files), FILES_AT_ONCE):
             for (row,) in ask([str(path) for path in files[start : start + FILES_AT_ONCE]]):
-                if row and row[:2] == [str(SCHEMA_VERSION), '"done"']:
+                if row and row[0] in map(str, READABLE_VERSIONS) and row[1] == '"done"':
                     yield row[2:]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.records import SCHEMA_VERSION, Metrics, Result
+from experiments.records import READABLE_VERSIONS, Metrics, Result
 
 FILES_AT_ONCE = 500  # with their whole content in memory: 30 MB of the records of a 30-block model
 
@@ -26,7 +26,14 @@ _STRUCTURE = json.dumps(
         "metrics": "MAP(VARCHAR, DOUBLE)",
         "tasks": f"MAP(VARCHAR, STRUCT(metric VARCHAR, higher_is_better BOOLEAN, runs {_RUNS}))",
         "stages": "MAP(VARCHAR, STRUCT(seconds DOUBLE))",
-        "blocks": [{"index": "INTEGER", "relative_mse": "DOUBLE"}],
+        "blocks": [
+            {
+                "index": "INTEGER",
+                "relative_mse": "DOUBLE",  # of schema version 4
+                "calibration": {"relative": "DOUBLE"},
+                "held_out": {"relative": "DOUBLE"},
+            }
+        ],
         "data": {"evaluation": {"ids_sha256": "VARCHAR"}},
         "environment": {"host": "VARCHAR"},
     }
@@ -37,9 +44,10 @@ _QUERY = """
     SELECT r.trial_id, r.choices, r.metrics,
            coalesce(list_sum(list_transform(map_values(r.stages), lambda stage: stage.seconds)), 0) AS seconds,
            list_transform(r.blocks, lambda block: block.index) AS indices,
-           list_transform(r.blocks, lambda block: block.relative_mse) AS errors,
+           list_transform(r.blocks, lambda block: block.held_out.relative) AS errors,
+           list_transform(r.blocks, lambda block: coalesce(block.calibration.relative, block.relative_mse)),
            r.data.evaluation.ids_sha256, r.environment.host, r.finished_at, r.attempts, r.restored_blocks, r.tasks
-    FROM read WHERE r.schema_version = $version AND r.status = 'done'
+    FROM read WHERE list_contains($versions, r.schema_version) AND r.status = 'done'
 """
 
 
@@ -53,7 +61,7 @@ def results(files: Sequence[Path]) -> Iterator[Result]:
     with duckdb.connect() as connection:
         for start in range(0, len(files), FILES_AT_ONCE):
             names = [str(path) for path in files[start : start + FILES_AT_ONCE]]
-            given = {"files": names, "structure": _STRUCTURE, "version": SCHEMA_VERSION}
+            given = {"files": names, "structure": _STRUCTURE, "versions": list(READABLE_VERSIONS)}
             try:
                 rows = connection.execute(_QUERY, given).fetchall()
             except duckdb.Error:
@@ -69,7 +77,8 @@ def _result(
     metrics: dict[str, Any],
     seconds: float,
     indices: list[int],
-    errors: list[float],
+    errors: list[float | None],
+    calibration_errors: list[float | None],
     evaluated: str | None,
     host: str | None,
     finished_at: str,
@@ -77,14 +86,15 @@ def _result(
     restored_blocks: int | None,
     tasks: dict[str, dict[str, Any]] | None,
 ) -> Result:
-    if None in (trial_id, choices, *indices, *errors):
+    if None in (trial_id, choices, *indices):
         raise ValueError("a value is not there")
     return Result(
         trial_id=sys.intern(trial_id),
         choices=_choices(choices),
         metrics=Metrics(**metrics),
         seconds=seconds,
-        errors=dict(zip(indices, errors, strict=True)),
+        errors=_there(indices, errors),
+        calibration_errors=_there(indices, calibration_errors),
         evaluated=sys.intern(evaluated or ""),
         host=sys.intern(host or ""),
         finished_at=datetime.fromisoformat(finished_at),
@@ -96,6 +106,10 @@ def _result(
             if task["higher_is_better"]
         },
     )
+
+
+def _there(indices: list[int], errors: list[float | None]) -> dict[int, float]:
+    return {index: error for index, error in zip(indices, errors, strict=True) if error is not None}
 
 
 @functools.cache

@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
+READABLE_VERSIONS: Final = (4, SCHEMA_VERSION)  # what `Record` reads; those of before are converted
 
 
 class _Model(BaseModel):
@@ -23,15 +24,19 @@ class Stage(_Model):
 
 
 class LayerLoss(_Model):
-    """How far a quantized linear's outputs are from the original's for the same held-out inputs.
+    """How far a quantized linear's outputs are from the original's for the same inputs, and what theory says of it.
 
-    `mse`: mean squared error of an output; `relative`: of all outputs together, to their power. `predicted`: what
-    theory says the transform makes of it, up to a factor of the format, and `bound`: the least that any transform can.
+    `mse`: mean squared error of an output; `relative`: of all outputs together, to their power. Predictions of the
+    theory, each up to a factor of the format, by the moments of the measured tokens: `even`, for noise of a fixed share
+    of a side's power, spread evenly; `paper_fp` and `paper_int`, the paper's two noise models; `bound`: the least of
+    `even` that any transform can reach. None in records that did not keep it.
     """
 
     mse: float
     relative: float
-    predicted: float
+    even: float
+    paper_fp: float | None = None
+    paper_int: float | None = None
     bound: float
 
 
@@ -45,21 +50,66 @@ class Layer(_Model):
     loss: LayerLoss | None = None
 
 
+class BlockError(_Model):
+    """Mean squared output error of a decoder block against the original block, and relative to its output power."""
+
+    mse: float
+    relative: float
+
+
 class Block(_Model):
-    """One decoder block: mean squared output error against the original block, and relative to its output power."""
+    """One decoder block; its output error on the tokens it was calibrated with, and on those of the evaluation text.
+
+    `seconds`: of quantizing it. Either error is None where it was not measured.
+    """
 
     index: int
     name: str
-    mse: float
-    relative_mse: float
     seconds: float
+    calibration: BlockError | None = None
+    held_out: BlockError | None = None
     layers: list[Layer]
 
 
-class Metrics(_Model):
-    """Quality against the original model; `kl` in nats; `top1` a share; `bits_per_weight` 16 or 32 when unquantized.
+class Lost(_Model):
+    """Groups of a linear's input that its format's fixed window cannot hold: `clipped` above it, `flushed` to zero.
 
-    `predictions`: the tokens predicted, over which all but `bits_per_weight` are means.
+    `groups`: all that were looked at.
+    """
+
+    groups: int
+    clipped: int
+    flushed: int
+
+
+class Windows(_Model):
+    """Sums over the predictions of each evaluated window, in the order of the text; lists of equal length.
+
+    `nll`, `nll_original`: negative log-likelihoods of the text, and `kl`, in nats; `agree`: predictions whose likeliest
+    token is the original's.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    nll: list[float]
+    nll_original: list[float]
+    kl: list[float]
+    agree: list[int]
+    predictions: list[int]
+
+    @model_validator(mode="after")
+    def _equal(self) -> "Windows":
+        if len({len(values) for _, values in self}) != 1:
+            raise ValueError("the lists should be of equal length, a value for each window")
+        return self
+
+
+class Metrics(_Model):
+    """Quality against the original model; `kl` in nats; `top1` a share.
+
+    `predictions`: the tokens predicted, over which these are means. `bits_per_weight`: average over all weights of
+    decoder blocks' linears, those left in full precision as 16; 16 or 32 when unquantized. `quantized_share`: the share
+    of these weights that is quantized.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -69,16 +119,21 @@ class Metrics(_Model):
     kl: float
     top1: float
     bits_per_weight: float
+    quantized_share: float = 1.0
     predictions: int
 
 
 class TaskRun(_Model):
-    """One run of a task: each metric, named with its filter (`acc,none`), and its standard error where there is one."""
+    """One run of a task: each metric, named with its filter (`acc,none`), and its standard error where there is one.
+
+    `outcomes`: of each document, in the harness's order, the value of the task's metric that counts; empty if unknown.
+    """
 
     seed: int
     values: dict[str, float]
     stderrs: dict[str, float | None]
     seconds: float
+    outcomes: list[float] = Field(default_factory=list)
 
 
 class Task(_Model):
@@ -138,16 +193,20 @@ class Record(_Model):
     `choices`: the option of each config group that matters, as the user named it. `model_revision`: the commit of a
     model from the hub. `environment`: the machine: host, platform, processor, cores, threads, device. `attempts`: it
     took so many, and `restored_blocks` decoder blocks come from an earlier one. `kernels`: what quantized layers ran on
-    and why, and the names of those that did, numbers merged to ranges.
+    and why, and the names of those that did, numbers merged to ranges. `method_version`: of the program that made the
+    numbers. `model_note`: what is particular about the original's weights. `windows`: the metrics' sums by window; None
+    in records that did not keep them. `lost`: by text, the linears whose format lost groups of their input.
     """
 
-    schema_version: Literal[4] = SCHEMA_VERSION
+    schema_version: Literal[5] = SCHEMA_VERSION
     trial_id: str
     status: Literal["done"] = "done"
     choices: dict[str, str]
     config: dict[str, Any]
     metrics: Metrics
+    windows: Windows | None = None
     blocks: list[Block]
+    lost: dict[str, dict[str, Lost]] = Field(default_factory=dict)
     skipped: dict[str, str]
     tasks: dict[str, Task] = Field(default_factory=dict)
     stages: dict[str, Stage]
@@ -157,12 +216,43 @@ class Record(_Model):
     versions: dict[str, str]
     git_commit: str | None
     model_revision: str | None
+    model_note: str | None = None
+    method_version: int = 1
     environment: dict[str, Any]
     started_at: datetime
     finished_at: datetime
     attempts: int = 1
     restored_blocks: int = 0
     kernels: dict[str, list[str]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_today(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("schema_version") == 4:
+            return _from_version_4(values)
+        return values
+
+
+def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
+    """A record's content as this version has it; what is no such content is left for the validation to judge."""
+
+    def layer(own: dict[str, Any]) -> dict[str, Any]:
+        loss = own.get("loss")
+        return own if loss is None else own | {"loss": _renamed(loss, {"predicted": "even"})}
+
+    def block(own: dict[str, Any]) -> dict[str, Any]:
+        error = {"mse": own["mse"], "relative": own["relative_mse"]}
+        kept = {key: value for key, value in own.items() if key not in ("mse", "relative_mse")}
+        return kept | {"calibration": error, "layers": [layer(one) for one in own["layers"]]}
+
+    try:
+        return values | {"schema_version": SCHEMA_VERSION, "blocks": [block(one) for one in values["blocks"]]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no record of schema version 4: {error!r}") from error
+
+
+def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 class Failure(_Model):
@@ -194,7 +284,8 @@ def now() -> datetime:
 class Result:
     """The part of a record that tables, plots and comparisons need; light, as a sweep may have 10,000.
 
-    `seconds`: of all stages. `errors`: the relative error of each decoder block by its index, none when unquantized.
+    `seconds`: of all stages. `errors`: the relative error of each decoder block on held-out tokens, by its index, where
+    it was measured; `calibration_errors`: on the calibration tokens; none when unquantized.
     `evaluated`: the SHA-256 of the evaluated token ids. `tasks`: the score of each that is a share.
     """
 
@@ -209,6 +300,7 @@ class Result:
     attempts: int = 1
     restored_blocks: int = 0
     tasks: dict[str, float] = field(default_factory=dict)
+    calibration_errors: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Record) -> "Result":
@@ -219,7 +311,8 @@ class Result:
             choices=record.choices,
             metrics=record.metrics,
             seconds=sum(stage.seconds for stage in record.stages.values()),
-            errors={block.index: block.relative_mse for block in record.blocks},
+            errors={block.index: block.held_out.relative for block in record.blocks if block.held_out},
+            calibration_errors={b.index: b.calibration.relative for b in record.blocks if b.calibration},
             evaluated=text.ids_sha256 if text else "",
             host=str(record.environment.get("host", "")),
             finished_at=record.finished_at,

@@ -82,7 +82,7 @@ class Nvfp4(_Built):
 
 class Int4(_Built):
     target: Literal["wush.Int4"] = Field(alias="_target_")
-    scale_rule: Literal["rms", "absmax"]
+    scale_rule: Literal["rms", "midrise", "absmax"]
 
 
 class Mxfp8(_Built):
@@ -107,12 +107,22 @@ class FixedTransform(_Built):
 class RandomRotation(_Built):
     target: Literal["wush.RandomRotation"] = Field(alias="_target_")
     seed: NonNegativeInt
+    per_tile: bool
 
 
 class AdaptiveTransform(_Built):
-    target: Literal["wush.Hu", "wush.Wus", "wush.Wush"] = Field(alias="_target_")
+    target: Literal["wush.Hu", "wush.Wus"] = Field(alias="_target_")
     refit: bool
     share: bool
+    signs: NonNegativeInt | None
+
+
+class Wush(_Built):
+    target: Literal["wush.Wush"] = Field(alias="_target_")
+    refit: bool
+    share: bool
+    signs: NonNegativeInt | None
+    power: float = Field(ge=0, le=1)
 
 
 class SmoothQuant(_Built):
@@ -122,14 +132,25 @@ class SmoothQuant(_Built):
     share: bool
 
 
-Transform = Annotated[FixedTransform | RandomRotation | AdaptiveTransform | SmoothQuant, Field(discriminator="target")]
+Transform = Annotated[
+    FixedTransform | RandomRotation | AdaptiveTransform | Wush | SmoothQuant, Field(discriminator="target")
+]
 
 
 # --- algorithm
 
 
-class Algorithm(_Built):
+class PlainAlgorithm(_Built):
     target: Literal["wush.Rtn", "wush.Gptq"] = Field(alias="_target_")
+
+
+class MrGptq(_Built):
+    target: Literal["wush.MrGptq"] = Field(alias="_target_")
+    scale_search: bool
+    activation_order: bool
+
+
+Algorithm = Annotated[PlainAlgorithm | MrGptq, Field(discriminator="target")]
 
 
 # --- calibration and evaluation

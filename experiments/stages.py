@@ -17,11 +17,12 @@ from experiments.attempts import Watched
 from experiments.checkpoints import Checkpoint, tokens_of
 from experiments.environment import measured
 from experiments.identity import WINDOWS, hash_of, text_of
-from experiments.records import Block, Data, Metrics, Record, Stage, Task, now
+from experiments.records import Block, BlockError, Data, Metrics, Record, Stage, Task, now
 from experiments.tracking import Tracking
 from wush import backends
 from wush.progress import Progress
 from wush.texts import PAD, batches, sha256_of_ids
+from wush.version import METHOD_VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +123,7 @@ class Stages:
 
     def _quantize(self, loaded: LoadedModel, calibration: Tensor, held_out: Tensor) -> None:
         def on_block(report: wush.BlockReport) -> None:
-            found.blocks.append(Block.model_validate(asdict(report)))
+            found.blocks.append(_block(report))
             watched.note = f"{report.name}: relative error {report.relative_mse:.2e}"
             if report.index not in restored:
                 self._tracking.block(found.blocks[-1])
@@ -192,6 +193,18 @@ def _file_name(task: str) -> str:
     return f"task-{plain}" if plain == task else f"task-{plain}-{hash_of(task)}"
 
 
+def _block(report: wush.BlockReport) -> Block:
+    def layer(own: dict[str, Any]) -> dict[str, Any]:
+        loss = own["loss"]
+        return own | {
+            "loss": loss and {"even": loss["predicted"]} | {k: v for k, v in loss.items() if k != "predicted"}
+        }
+
+    values = asdict(report)
+    error = BlockError(mse=values.pop("mse"), relative=values.pop("relative_mse"))
+    return Block.model_validate(values | {"calibration": error, "layers": [layer(one) for one in values["layers"]]})
+
+
 def _record(found: Findings, restored_blocks: int) -> Record:
     assert found.metrics is not None
     machine = {key: value for key, value in found.environment.items() if key not in ("versions", "git_commit")}
@@ -213,6 +226,7 @@ def _record(found: Findings, restored_blocks: int) -> Record:
         versions=found.environment["versions"],
         git_commit=found.environment["git_commit"],
         model_revision=found.revision,
+        method_version=METHOD_VERSION,
         environment=machine,
         started_at=found.started,
         finished_at=now(),

@@ -103,7 +103,10 @@ class WandbTracking:
         self._guard(lambda: self._start(trial_id, choices, config, sweep, root))
 
     def block(self, block: Block) -> None:
-        values = {"block": block.index, "block/mse": block.mse, "block/relative_mse": block.relative_mse}
+        error = block.calibration
+        values: dict[str, float] = {"block": block.index}
+        if error is not None:
+            values |= {"block/mse": error.mse, "block/relative_mse": error.relative}
         run = self._run
         if run is not None:
             # The step is the block: W&B takes each step once, so a block that two attempts computed is one point.

@@ -39,7 +39,7 @@ class Points:
         """The layers of all the trials; those of which a value is not positive have no logarithm and are left out."""
         values = np.concatenate([trial.losses.values for trial in trials])
         values = values[(values > 0).all(axis=1)]
-        columns = (values[:, LOSSES.index(name)] for name in ("mse", "predicted", "bound", "relative"))
+        columns = (values[:, LOSSES.index(name)] for name in ("mse", "even", "bound", "relative"))
         measured, predicted, bound, relative = columns
         return cls(measured, predicted, bound, measured / relative)
 

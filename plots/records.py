@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from experiments.records import SCHEMA_VERSION, Metrics, Record, Stage, Task
+from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Metrics, Record, Stage, Task
 
 COMMITTED = Path(__file__).parent / "records"
 PARTS = ("model", "format", "transform", "algorithm", "calibration", "evaluation")
 BASELINE = "bf16"
 NEUTRAL = ("batch_size", "layer_loss")  # keys of a config that change no result
 NAMED = 3  # files that a note names; of more it gives the number
-LOSSES = ("mse", "relative", "predicted", "bound")
+LOSSES = ("mse", "relative", "even", "bound")
 
 
 class NoRecords(ValueError):
@@ -114,7 +114,7 @@ class _Reading:
         try:
             trial = _light(Record.model_validate_json(content))
         except ValidationError as error:
-            if (version := _version(content)) not in (None, SCHEMA_VERSION):
+            if (version := _version(content)) not in (None, *READABLE_VERSIONS):
                 self.foreign[str(version)].append(path)
             else:
                 first = error.errors()[0]

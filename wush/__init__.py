@@ -41,9 +41,11 @@ _HOMES = {
     "Wush": "wush.transforms",
     "Rtn": "wush.algorithms",
     "Gptq": "wush.algorithms",
+    "MrGptq": "wush.mr_gptq",
     "SecondMoment": "wush.moments",
     "Inputs": "wush.moments",
     "windows": "wush.texts",
+    "METHOD_VERSION": "wush.version",
     "NumericError": "wush.errors",
     "UnsupportedModelError": "wush.errors",
 }

@@ -279,7 +279,7 @@ def _check_rule(fmt: "Mxfp4 | Nvfp4 | Int4 | Mxfp8", rules: tuple[str, ...]) -> 
 class Unquantized:
     """No format: the model stays as it is, the baseline of a comparison."""
 
-    name: ClassVar[str] = "bf16"
+    name: ClassVar[str] = "original"
 
 
 MXFP4, NVFP4, INT4, MXFP8 = Mxfp4(), Nvfp4(), Int4(), Mxfp8()

@@ -1,8 +1,9 @@
 """Layer losses: how far each quantized linear's outputs are from the original's, on held-out tokens and in theory.
 
-Shape legend: `O` output features, `I` input features, `N` blocks, `G` block size, `M` tokens.
+Shape legend: `O` output features, `I` input features, `N` blocks, `G` block size, `M` tokens, `D` draws.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from wush.decoder import BlockCalls, run_block
 from wush.errors import NumericError
 from wush.linear import QuantLinear
 from wush.moments import weight_moments
-from wush.transforms import inverse
+from wush.transforms import apply_blocks, inverse
+
+DRAWS = 1024  # a mean of squared maxima is then known to about 1%, by the same draws in every block
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,15 @@ class LayerLoss:
     """What quantizing a linear costs its output, for the inputs that it gets in the original decoder block.
 
     `mse`: mean of `(Q(T x) Q(W T^-1)^T - x W^T)^2`; `relative`: the sum of these over that of `(x W^T)^2`.
-    `predicted`: `sum_b tr(T_b M_X,b T_b^T) tr(T_b^-T M_W,b T_b^-1) / G`, which the error is proportional to if
-    rounding a side adds noise of a fixed share of its power. `bound`: `sum_b tr(S_b)^2 / G`, the least of that for any
-    T. Both are of the calibration's moments and the original weight, undamped, and so is this `S`, unlike that of WUSH.
+    `even`, `paper_fp`, `paper_int`: what `mse` is proportional to by three models of rounding, see `theory`.
+    `bound`: `sum_b tr(S_b)^2 / G`, which for no T the first two are below.
     """
 
     mse: float
     relative: float
-    predicted: float
+    even: float
+    paper_fp: float
+    paper_int: float
     bound: float
 
 
@@ -56,36 +60,61 @@ def layer_losses(
         layer = block.get_submodule(name)
         assert isinstance(layer, QuantLinear)
         expected = theory(originals[name].weight, layer.transform, moments[name], layer.name)
-        error, power, predicted, bound = torch.cat([sums.squares, expected]).tolist()
+        error, power, *predicted = torch.cat([sums.squares, expected]).tolist()
         if not error < float("inf"):
             raise NumericError(f"{layer.name}: its output on held-out tokens is not finite")
-        losses[name] = LayerLoss(error / sums.outputs, share(error, power), predicted, bound)
+        losses[name] = LayerLoss(error / sums.outputs, share(error, power), *predicted)
     return losses
 
 
 def theory(weight_oi: Tensor, transform: Tensor | None, moments_ngg: Tensor, what: str = "layer") -> Tensor:
-    """`predicted` and `bound` of `LayerLoss`, `(2,)` float64, of `T` `(N, G, G)`, `(G, G)` or None, the identity."""
+    """`even`, `paper_fp`, `paper_int` and `bound`, `(4,)` float64, of `T` `(N, G, G)`, `(G, G)` or None, the identity.
+
+    With `A = T M_X T^T`, `B = T^-T M_W T^-1` of each block, `mse` is up to a factor of the format, `2 E[eta^2]`:
+    `even`, `sum_b tr A tr B / G`: a side's noise is white, with a fixed share of its power (this project's);
+    `paper_fp`, `sum_b sum_i A_ii B_ii`: an element's noise is a fixed share of its power (the paper's equation 19);
+    `paper_int`: noise is white and goes with the square of a group's largest magnitude (equation 24), the mean of
+    `tr B E|T x|_inf^2` (activations rounded) and `tr A E|T^-T w|_inf^2` (weights). Weights are the rows as they are;
+    of x moments alone are known: it is `DRAWS` Gaussian vectors with that second moment, the same for every T.
+    All are of the moments as given, undamped, and so is `S` of the bound, unlike that of WUSH.
+    """
     size = moments_ngg.shape[-1]
     of_inputs, of_weight = moments_ngg.double(), weight_moments(weight_oi, size)
-    # Without damping moments may be singular: M_W has no Cholesky factor, and `symmetric_eigen` is for positive ones.
-    values, vectors = torch.linalg.eigh(of_weight)
-    root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-    squared = torch.linalg.eigvalsh(root.mT @ of_inputs @ root)
-    bound = squared.clamp_min(0).sqrt().sum(-1).square().sum()
-    if transform is not None:
+    root = _symmetric_root(of_inputs)
+    bound = torch.linalg.eigvalsh(root @ of_weight @ root).clamp_min(0).sqrt().sum(-1).square().sum() / size
+    x_ndg = _normals_on(root.device, size) @ root
+    if transform is None:
+        w_ong = weight_oi.double().unflatten(1, (-1, size))
+    else:
         forth, back = transform.double(), inverse(transform, what)
         of_inputs, of_weight = forth @ of_inputs @ forth.mT, back.mT @ of_weight @ back
-    predicted = (_traces(of_inputs) * _traces(of_weight)).sum()
-    return torch.stack([predicted, bound]) / size
+        x_ndg = x_ndg @ forth.mT
+        w_ong = apply_blocks(weight_oi.double(), back.mT).unflatten(1, (-1, size))
+    a_ng, b_ng = (moments.diagonal(dim1=-2, dim2=-1) for moments in (of_inputs, of_weight))
+    even = (a_ng.sum(-1) * b_ng.sum(-1)).sum() / size
+    peaks_x, peaks_w = (values.abs().amax(-1).square() for values in (x_ndg, w_ong))
+    paper_int = (b_ng.sum(-1) * peaks_x.mean(1) + a_ng.sum(-1) * peaks_w.mean(0)).sum() / 2
+    return torch.stack([even, (a_ng * b_ng).sum(), paper_int, bound])
+
+
+def _symmetric_root(matrices: Tensor) -> Tensor:
+    """Of positive semidefinite ones: without damping they may be singular, with no Cholesky factor.
+
+    Unlike other roots it does not depend on the signs of eigenvectors, so devices draw the same vectors.
+    """
+    values, vectors = torch.linalg.eigh(matrices)
+    return vectors * values.clamp_min(0).sqrt().unsqueeze(-2) @ vectors.mT
+
+
+@functools.cache
+def _normals_on(device: torch.device, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(DRAWS, size, dtype=torch.float64, generator=generator).to(device)
 
 
 def share(error: float, power: float) -> float:
     """A sum of squared errors relative to that of the exact values, which may all be zero."""
     return error / power if power else float(error > 0)
-
-
-def _traces(matrices: Tensor) -> Tensor:
-    return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 @dataclass

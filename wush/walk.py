@@ -241,7 +241,7 @@ def _check_layers(blocks_name: str, blocks: nn.ModuleList, chosen: Mapping[int, 
     if problems:
         raise ValueError("\n".join(problems))
     if not any(chosen.values()):
-        raise UnsupportedModelError("every linear is excluded: nothing to quantize; use format=bf16 for a baseline")
+        raise UnsupportedModelError("every linear is excluded: nothing to quantize; use format=original for a baseline")
 
 
 def _record_batches(

@@ -12,7 +12,7 @@ from experiments.store import ResultStore
 
 # A trial that does nothing: a random model of one tiny decoder block, not quantized, on one window of two tokens.
 NOTHING = (
-    *("model=tiny_llama", "model.layers=1", "model.hidden_size=32", "model.intermediate_size=32", "format=bf16"),
+    *("model=tiny_llama", "model.layers=1", "model.hidden_size=32", "model.intermediate_size=32", "format=original"),
     *("evaluation.windows=1", "evaluation.window_length=2", "device=cpu", "progress=none"),
 )
 FEW, MANY = 5, 45

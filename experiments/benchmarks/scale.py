@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import plans
-from experiments.records import Block, Data, Layer, Metrics, Record, Stage, now
+from experiments.records import Block, BlockError, Data, Layer, Metrics, Record, Stage, now
 from experiments.standing import Standing
 from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
 from experiments.trial import Trial
 from experiments.views.summary import show_table, write_report, write_table
+from wush.version import METHOD_VERSION
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = (100, 1_000, 10_000)
@@ -197,6 +198,7 @@ def _record(level: float) -> Record:
         versions={"python": "3.11.7", "torch": "2.11.0", "transformers": "5.17.0", "wush": "0.1.0"},
         git_commit="0" * 40,
         model_revision=None,
+        method_version=METHOD_VERSION,
         environment={"host": "node-1", "platform": "Linux", "processor": "CPU", "cores": 2, "device": "cpu"},
         started_at=now(),
         finished_at=now(),
@@ -210,9 +212,9 @@ def _block(index: int, level: float) -> Block:
         for name, weights in group.items()
     ]
     error = level * 0.012975545558101511 / (1 + index)
-    return Block(
-        index=index, name=f"model.layers.{index}", mse=error * 3.7, relative_mse=error, seconds=1.3, layers=layers
-    )
+    errors = {"calibration": BlockError(mse=error * 3.7, relative=error)}
+    errors["held_out"] = BlockError(mse=error * 4.1, relative=error * 1.1)
+    return Block(index=index, name=f"model.layers.{index}", **errors, seconds=1.3, layers=layers)
 
 
 def _print(costs: Sequence[Cost]) -> None:

@@ -77,5 +77,6 @@ def _cost(record: Record, name: str) -> str:
 
 
 def _worst(record: Record) -> str:
-    worst = sorted(record.blocks, key=lambda block: -block.relative_mse)[:3]
-    return ", ".join(f"{block.name} ({block.relative_mse:.2e})" for block in worst) or "none: not quantized"
+    errors = {block.name: block.held_out or block.calibration for block in record.blocks}
+    found = sorted(((error.relative, name) for name, error in errors.items() if error), reverse=True)[:3]
+    return ", ".join(f"{name} ({error:.2e})" for error, name in found) or "none: not quantized"

@@ -13,8 +13,8 @@ from tests.experiments.conftest import ROOT, SMALL, Cli, environment
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=mxfp5"], "format=mxfp5: unknown option; format has: bf16, int4, mxfp4, mxfp8, nvfp4"),
-        (["-m", "format=mxfp4,int5"], "format=int5: unknown option; format has: bf16, int4, mxfp4, mxfp8, nvfp4"),
+        (["format=mxfp5"], "format=mxfp5: unknown option; format has: int4, mxfp4, mxfp8, nvfp4, original"),
+        (["-m", "format=mxfp4,int5"], "format=int5: unknown option; format has: int4, mxfp4, mxfp8, nvfp4, original"),
         (["formt=mxfp4"], "formt: unknown key; did you mean format?"),
         (["format.scale_rul=ocp"], "format.scale_rul: unknown key; did you mean format.scale_rule?"),
         (["format=nvfp4", "format.scale_rule=ocp"], "format.scale_rule=ocp: input should be 'fixed' or 'calibrated'"),
@@ -23,7 +23,7 @@ from tests.experiments.conftest import ROOT, SMALL, Cli, environment
         (["evaluation=text", "evaluation.path=/no/such"], "text file '/no/such': [Errno 2] No such file"),
         (["results=/dev/null/x"], "cannot be written (Not a directory)"),
         (["-m", "seed=interval(0,1)"], "seed=interval(0,1): not a list of values"),
-        (["format=null"], "format=null: unknown option; format has: bf16, int4, mxfp4, mxfp8, nvfp4"),
+        (["format=null"], "format=null: unknown option; format has: int4, mxfp4, mxfp8, nvfp4, original"),
         (["-m", "transform=h,null"], "transform=null: unknown option; transform has: h, hu, i, r, sq, wus, wush"),
         (["--config-name", "foo"], "--config-name foo: no such config; leave the option out"),
         (["~format._target_"], "format._target_: missing; choose an option with format=..."),
@@ -94,7 +94,7 @@ def test_an_untracked_trial_imports_nothing_of_wandb(cli: Cli) -> None:
 def test_help_names_the_groups_and_their_options(cli: Cli) -> None:
     done = cli.run("--help")
     assert done.returncode == 0
-    for line in ("format: bf16, int4, mxfp4, mxfp8, nvfp4", "algorithm: gptq, rtn"):
+    for line in ("format: int4, mxfp4, mxfp8, nvfp4, original", "algorithm: gptq, rtn"):
         assert line in done.stdout
     assert "transform: h, hu, i, r, sq, wus, wush" in done.stdout
 

@@ -16,6 +16,7 @@ from experiments.records import Record
 from experiments.store import ResultStore
 from tests.experiments.conftest import ROOT, SMALL, Cli, environment
 from tests.experiments.test_pool import wait_until
+from wush.version import METHOD_VERSION
 
 DEEP = "model.layers=500"  # takes long enough to be looked at
 LONG = "model.layers=250"  # long enough for another process to begin, and short enough to see its end
@@ -182,7 +183,7 @@ def test_wait_ends_with_the_sweep_and_its_table(cli: Cli, drivers: list["subproc
     ],
 )
 def test_what_is_not_there_is_an_error_with_what_is(arguments: list[str], message: str, cli: Cli) -> None:
-    cli.small("-m", "sweep=mine", "format=bf16")
+    cli.small("-m", "sweep=mine", "format=original")
     failed = cli.experiments(*arguments)
     assert failed.returncode == 2
     assert message in failed.stderr
@@ -190,7 +191,7 @@ def test_what_is_not_there_is_an_error_with_what_is(arguments: list[str], messag
 
 
 def test_a_key_without_a_sweep_is_for_the_sweep_planned_last(cli: Cli) -> None:
-    cli.small("-m", "sweep=mine", "format=bf16")
+    cli.small("-m", "sweep=mine", "format=original")
     retried = cli.experiments("retry", "busy=skip")
     assert retried.returncode == 0, retried.stderr
     assert "1 of 1 trials already done" in retried.stderr
@@ -200,13 +201,26 @@ def test_a_key_without_a_sweep_is_for_the_sweep_planned_last(cli: Cli) -> None:
     "content", ["null", "[]", "{", '{"trials": [1]}', '{"trials": [], "launcher": {}, "progress": ""}']
 )
 def test_a_damaged_plan_is_an_error_with_a_remedy(content: str, cli: Cli) -> None:
-    cli.small("-m", "sweep=mine", "format=bf16")
+    cli.small("-m", "sweep=mine", "format=original")
     (cli.folder / "results" / "sweeps" / "mine" / "plan.json").write_text(content)
     for command in (["status"], ["retry", "mine"], ["cancel", "mine"]):
         failed = cli.experiments(*command)
         assert failed.returncode == 2
         assert "start the sweep again to plan it anew" in failed.stderr
-    assert cli.small("-m", "sweep=mine", "format=bf16").returncode == 0
+    assert cli.small("-m", "sweep=mine", "format=original").returncode == 0
+
+
+def test_a_sweep_planned_with_another_version_of_the_method_is_shown_and_not_gone_on_with(cli: Cli) -> None:
+    cli.small("-m", "sweep=mine", "format=original")
+    path = cli.folder / "results" / "sweeps" / "mine" / "plan.json"
+    content = path.read_text()
+    assert content.count(f'"method_version": {METHOD_VERSION}') == 1
+    path.write_text(content.replace(f'"method_version": {METHOD_VERSION}', '"method_version": 1'))
+    assert cli.experiments("status", "mine").returncode == 0
+    refused = cli.experiments("retry", "mine")
+    assert refused.returncode == 2
+    assert f"planned with version 1 of the method, and this is {METHOD_VERSION}" in refused.stderr
+    assert "run.py -m sweep=mine format=original" in refused.stderr
 
 
 def test_a_sweep_of_the_same_name_does_not_replace_one_that_runs(
@@ -214,11 +228,11 @@ def test_a_sweep_of_the_same_name_does_not_replace_one_that_runs(
 ) -> None:
     drivers.append(start(cli, "sweep=mine", DEEP))
     wait_until(lambda: blocks(cli) >= 1)
-    refused = cli.small("-m", "sweep=mine", "format=bf16")
+    refused = cli.small("-m", "sweep=mine", "format=original")
     assert refused.returncode == 2
     assert "choose another sweep=NAME" in refused.stderr
     assert len(status(cli, "mine")["trials"]) == 1
-    more = cli.small("-m", "sweep=other", "format=bf16")
+    more = cli.small("-m", "sweep=other", "format=original")
     assert more.returncode == 0
 
 
@@ -275,7 +289,7 @@ def test_status_without_any_sweep_says_how_to_start_one(cli: Cli) -> None:
 
 
 def test_a_sweep_is_found_from_elsewhere_and_without_permission_to_write(cli: Cli, tmp_path: Path) -> None:
-    cli.small("-m", "sweep=mine", "format=bf16")
+    cli.small("-m", "sweep=mine", "format=original")
     before = {path: path.stat().st_mtime_ns for path in cli.folder.rglob("*")}
     elsewhere = Cli(tmp_path.parent)
     found = elsewhere.experiments("status", "--results", str(cli.folder / "results"))

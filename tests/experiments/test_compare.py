@@ -166,7 +166,7 @@ def test_config_keys_seeds_and_several_keys_are_filters(store: Recorded) -> None
 
 
 def test_baselines_are_on_no_side_by_a_transform(store: Recorded) -> None:
-    store.add(0.0, "format=bf16", "transform=h")
+    store.add(0.0, "format=original", "transform=h")
     store.add(0.2, "transform=h")
     finished, _ = read(store.store)
     assert len(find(store.store, finished, "transform=h").trials) == 1
@@ -177,8 +177,8 @@ def test_sweeps_are_compared_by_what_differs_between_them(store: Recorded) -> No
         lists = [(f"transform={transform}", f"seed={seed}") for seed in range(3)]
         for own in lists[: 2 if name == "second" else 3]:
             store.add(0.2, *own)
-        store.plan(name, *lists, ("format=bf16",))
-    store.add(0.0, "format=bf16")
+        store.plan(name, *lists, ("format=original",))
+    store.add(0.0, "format=original")
     found = store.compare("first", "second")
     assert found.differing == ("transform",)
     assert len(found.settings[0].pairs) == 2

@@ -132,7 +132,7 @@ def test_another_algorithm_or_device_says_nothing(store: Measured, tmp_path: Pat
     elsewhere = store.estimate(trial(tmp_path, "seed=1"), device="NVIDIA H100")
     assert (elsewhere.seconds, elsewhere.memory) == (None, None)
     assert elsewhere.basis == f"no Rtn trial was measured on NVIDIA H100, only on {HERE}"
-    assert store.estimate(trial(tmp_path, "format=bf16")).basis.startswith("no unquantized trial was measured")
+    assert store.estimate(trial(tmp_path, "format=original")).basis.startswith("no unquantized trial was measured")
 
 
 def test_stages_are_scaled_by_the_tokens_of_their_text(store: Measured, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_model_of_unknown_size_is_counted_in_a_record(store: Measured, tmp_pat
     weights = linears_of(trial(tmp_path).config["model"])
     assert weights
     layer = Layer(name="q_proj", shared_input=[], bits_per_weight=4.25, weights=2 * weights)
-    block = Block(index=0, name="0", mse=0.0, relative_mse=0.0, seconds=1.0, layers=[layer])
+    block = Block(index=0, name="0", seconds=1.0, layers=[layer])
     own = trial(tmp_path, "model=smollm2_135m")
     store.add(own, 1.0, blocks=[block])
     assert store.estimate(trial(tmp_path)).basis == "scaled from smollm2_135m: 0.5 times the size, 1 trial"

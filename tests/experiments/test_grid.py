@@ -159,7 +159,7 @@ def test_unknown_options_keys_and_wrong_values_come_together(loader: ConfigLoade
     )
     text = "\n".join(found)
     for start in (
-        "format=mxfp5: unknown option; format has: bf16,",
+        "format=mxfp5: unknown option; format has: int4,",
         "formt: unknown key; did you mean format?",
         "calibration.window: unknown key; did you mean calibration.windows? (calibration has:",
         "seed=-1: input should be greater",

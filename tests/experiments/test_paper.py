@@ -43,7 +43,7 @@ def test_table_1_has_ten_rotations_and_one_of_every_other_transform() -> None:
 
 def test_a_baseline_is_one_trial_of_an_experiment() -> None:
     trials = trials_of("table2", "paper")
-    assert [trial.choices["format"] for trial in trials].count("bf16") == 1
+    assert [trial.choices["format"] for trial in trials].count("original") == 1
     assert len(trials) == 1 + 2 * 4 + 2 * 3
 
 

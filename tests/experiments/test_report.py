@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from experiments.records import Block, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
+from experiments.records import Block, BlockError, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
 from experiments.store import DamagedRecord, ResultStore
 from experiments.views.report import render_report
 from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
 from experiments.views.selection import telling
 from experiments.views.summary import summarize, tabulate, to_markdown
+from wush.version import METHOD_VERSION
 
 BLOCKS = 30
 START = datetime(2025, 11, 22, 15, 0, tzinfo=UTC)
@@ -35,7 +36,8 @@ def blocks(level: float) -> list[Block]:
         relative = level * 10 ** (3 * i / BLOCKS - 3) * (6 if i == 1 else 1 + 0.3 * math.sin(3 * i))
         layer = Layer(name="mlp.up_proj", shared_input=["mlp.gate_proj"], bits_per_weight=4.25, weights=884736)
         name = f"model.layers.{i}"
-        found.append(Block(index=i, name=name, mse=relative * 1e4, relative_mse=relative, seconds=1.3, layers=[layer]))
+        error = BlockError(mse=relative * 1e4, relative=relative)
+        found.append(Block(index=i, name=name, calibration=error, held_out=error, seconds=1.3, layers=[layer]))
     return found
 
 
@@ -61,6 +63,7 @@ def record(trial_id: str, choices: dict[str, str], metrics: Metrics, level: floa
         versions={"python": "3.11.7", "torch": "2.9.0"},
         git_commit="70db0c0d",
         model_revision=None,
+        method_version=METHOD_VERSION,
         environment={"host": "node-7", "device": "cpu: AMD EPYC 9554"},
         started_at=START,
         finished_at=START + timedelta(seconds=97),
@@ -95,10 +98,10 @@ def failed() -> Outcome:
 
 
 def baseline() -> Outcome:
-    choices = {"model": "smollm2_135m", "format": "bf16"}
+    choices = {"model": "smollm2_135m", "format": "original"}
     metrics = measured(14.05, 0.0, 1.0, 16.0)
     result = Result.of(record("0" * 16, choices, metrics, None))
-    return Outcome("0" * 16, "bf16", choices, result, earlier=True, config=CONFIG)
+    return Outcome("0" * 16, "original", choices, result, earlier=True, config=CONFIG)
 
 
 def sweep() -> list[Outcome]:
@@ -168,7 +171,7 @@ def test_a_failed_trial_shows_its_config_and_where_it_ran() -> None:
 
 
 def test_an_unquantized_trial_is_never_the_best() -> None:
-    row = next(row for row in rows(render("grid", sweep())) if "bf16" in row)
+    row = next(row for row in rows(render("grid", sweep())) if "original" in row)
     assert "<strong>" not in row
     assert cells(row)[4:9] == ["14.05", "+0.00", "0.0000", "100.0", "16.00"]
 
@@ -195,8 +198,8 @@ def test_a_failed_trial_shows_its_reason_over_the_numbers_and_where_its_log_is()
 
 
 def test_a_label_that_a_trial_lacks_is_a_dash() -> None:
-    row = next(row for row in rows(render("grid", sweep())) if "bf16" in row)
-    assert cells(row)[:4] == ["smollm2_135m", "bf16", "–", "–"]
+    row = next(row for row in rows(render("grid", sweep())) if "original" in row)
+    assert cells(row)[:4] == ["smollm2_135m", "original", "–", "–"]
 
 
 def test_details_hold_what_a_trial_was_made_of() -> None:

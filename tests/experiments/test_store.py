@@ -7,9 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from experiments.records import SCHEMA_VERSION, Block, Data, Failure, Layer, Metrics, Record, Result, Stage, now
+from experiments.records import (
+    SCHEMA_VERSION,
+    Block,
+    BlockError,
+    Data,
+    Failure,
+    Layer,
+    LayerLoss,
+    Metrics,
+    Record,
+    Result,
+    Stage,
+    Windows,
+    now,
+)
 from experiments.schema import ConfigError
 from experiments.store import DamagedRecord, ResultStore, write_atomically
+from wush.version import METHOD_VERSION
 
 
 def record(trial_id: str, kl: float = 0.1) -> Record:
@@ -32,6 +47,7 @@ def record(trial_id: str, kl: float = 0.1) -> Record:
         versions={"python": "3.11"},
         git_commit=None,
         model_revision=None,
+        method_version=METHOD_VERSION,
         environment={"host": "here", "device": "cpu: test"},
         started_at=now(),
         finished_at=now(),
@@ -168,7 +184,14 @@ def whole(trial_id: str) -> Record:
     """A record with everything that a result takes from it."""
     layers = [Layer(name="mlp.up_proj", shared_input=["mlp.up_proj"], bits_per_weight=4.25, weights=10)]
     blocks = [
-        Block(index=i, name=f"model.layers.{i}", mse=0.5, relative_mse=0.1 / (i + 1), seconds=1.0, layers=layers)
+        Block(
+            index=i,
+            name=f"model.layers.{i}",
+            seconds=1.0,
+            calibration=BlockError(mse=0.5, relative=0.1 / (i + 1)),
+            held_out=BlockError(mse=0.5, relative=0.2 / (i + 1)) if i else None,
+            layers=layers,
+        )
         for i in range(3)
     ]
     data = {"evaluation": Data(text_sha256="a" * 64, ids_sha256="b" * 64, tokens=64)}
@@ -200,7 +223,18 @@ def test_a_record_of_before_attempts_were_counted_has_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": 4}', b"KEEP\x00", b"WITHOUT metrics"]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"schema_version": 4}',
+        b'{"schema_version": 5}',
+        b"KEEP\x00",
+        b"WITHOUT metrics",
+    ],
 )
 @pytest.mark.parametrize("mend", [True, False])
 def test_a_damaged_record_among_many_costs_no_other_its_result(
@@ -232,3 +266,70 @@ def test_records_of_another_schema_version_are_all_named(tmp_path: Path) -> None
         "c3/result.json",
     ]
     assert len(list(tmp_path.rglob("result.json"))) == 3
+
+
+def of_version_4(record: Record) -> str:
+    """A record's file as schema version 4 had it."""
+    content = json.loads(record.model_dump_json())
+    for block in content["blocks"]:
+        del block["held_out"]
+        error = block.pop("calibration")
+        block |= {"mse": error["mse"], "relative_mse": error["relative"]}
+        for layer in block["layers"]:
+            if layer["loss"]:
+                for new in ("paper_fp", "paper_int"):
+                    del layer["loss"][new]
+                layer["loss"]["predicted"] = layer["loss"].pop("even")
+    for new in ("windows", "lost", "method_version", "model_note"):
+        del content[new]
+    del content["metrics"]["quantized_share"]
+    return json.dumps(content | {"schema_version": 4})
+
+
+def test_records_of_schema_version_4_are_read_one_by_one_and_in_bulk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = whole("a1")
+    loss = LayerLoss(mse=0.5, relative=0.1, even=3.0, bound=2.0)
+    new.blocks[0].layers[0].loss = loss
+    store = stored(tmp_path, new)
+    (store.trial("a1") / "result.json").write_text(of_version_4(new))
+    read = store.record("a1")
+    assert read is not None
+    assert [block.calibration for block in read.blocks] == [block.calibration for block in new.blocks]
+    assert all(block.held_out is None for block in read.blocks)
+    assert read.blocks[0].layers[0].loss == loss
+    assert (read.schema_version, read.windows, read.lost, read.method_version) == (SCHEMA_VERSION, None, {}, 1)
+    assert read.metrics == new.metrics
+    monkeypatch.setattr(ResultStore, "record", None)
+    assert store.results(["a1"])["a1"] == Result.of(read)
+
+
+def test_a_damaged_record_of_schema_version_4_is_a_damaged_record(tmp_path: Path) -> None:
+    store = stored(tmp_path, whole("a1"))
+    path = store.trial("a1") / "result.json"
+    content = json.loads(of_version_4(whole("a1")))
+    del content["blocks"][1]["relative_mse"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DamagedRecord, match="relative_mse"):
+        store.record("a1")
+
+
+def test_lists_of_windows_are_of_one_length() -> None:
+    values = {"nll": [1.0, 2.0], "nll_original": [1.0, 2.0], "kl": [0.1, 0.2], "agree": [3, 4], "predictions": [7, 7]}
+    assert Windows.model_validate(values).agree == [3, 4]
+    with pytest.raises(ValueError, match="equal length"):
+        Windows.model_validate(values | {"kl": [0.1]})
+
+
+def test_a_record_of_another_version_of_the_method_is_shown_and_never_counts_as_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored(tmp_path, record("a1").model_copy(update={"method_version": METHOD_VERSION - 1}))
+    shown = store.record("a1")
+    assert shown is not None
+    assert shown.method_version == METHOD_VERSION - 1
+    assert store.finished("a1") is None
+    assert f"made by version {METHOD_VERSION - 1} of the method, and this is {METHOD_VERSION}" in caplog.text
+    (aside,) = store.trial("a1").glob("result.old-*.json")
+    assert Record.model_validate_json(aside.read_bytes()) == shown

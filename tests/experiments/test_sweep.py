@@ -98,7 +98,7 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert record.data["evaluation"].text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
     assert record.data["calibration"].tokens == 2 * 32
     assert [block.index for block in record.blocks] == [0, 1]
-    assert all(block.mse > 0 and len(block.layers) == 7 for block in record.blocks)
+    assert all(block.calibration.mse > 0 and len(block.layers) == 7 for block in record.blocks)
     assert set(record.stages) == {"load", "original", "quantize", "evaluate"}
     assert all(stage.peak_memory_bytes > 10**7 for stage in record.stages.values())  # type: ignore[operator]
     assert torch.__version__.startswith(record.versions["torch"])
@@ -132,11 +132,11 @@ def test_a_trial_gives_the_numbers_of_the_library_called_by_hand(cli: Cli) -> No
     assert record.metrics.kl == found.kl
     assert record.metrics.perplexity == found.perplexity
     assert record.metrics.bits_per_weight == report.bits_per_weight
-    assert [block.mse for block in record.blocks] == [block.mse for block in report.blocks]
+    assert [block.calibration.mse for block in record.blocks] == [block.mse for block in report.blocks]
 
 
 def test_the_baseline_is_one_trial_and_changes_nothing(cli: Cli) -> None:
-    done = cli.small("-m", "format=bf16", "transform=h,wush", "algorithm=rtn,gptq")
+    done = cli.small("-m", "format=original", "transform=h,wush", "algorithm=rtn,gptq")
     assert "1 of 1 trials done" in done.stdout
     (record,) = records(cli)
     assert record.metrics.kl == 0
@@ -251,7 +251,7 @@ def test_labels_are_the_choices_and_what_differs() -> None:
 def test_labels_leave_out_what_a_trial_does_not_use() -> None:
     configs = [
         composed(f"format={f}", f"seed={s}", "calibration.seed=0", "transform=r")
-        for f in ("bf16", "int4")
+        for f in ("original", "int4")
         for s in (0, 1)
     ]
     plain, _, first, second = sweep.label(configs)
@@ -269,7 +269,7 @@ def test_a_planned_trial_has_its_validated_config_in_the_schemas_order() -> None
 
 def test_configs_that_are_one_trial_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        sweep.plan([composed("format=bf16", f"transform={t}") for t in ("h", "i", "wush")], [])
+        sweep.plan([composed("format=original", f"transform={t}") for t in ("h", "i", "wush")], [])
     assert "2 configs are the same trial as another one" in caplog.text
 
 

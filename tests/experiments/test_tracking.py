@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from experiments.logs import logged
-from experiments.records import Block
+from experiments.records import Block, BlockError
 from tests.experiments.conftest import ROOT, Cli, environment
 from tests.experiments.test_store import record
 from tests.experiments.wandb_server import Fault, serving
@@ -108,9 +108,9 @@ def test_a_sweep_says_once_how_to_upload_and_does_not_log_a_done_trial_again(cli
 
 
 def test_a_baselines_run_names_only_what_it_uses(cli: Cli) -> None:
-    cli.small("tracking=wandb", "format=bf16", HOME=str(cli.folder))
+    cli.small("tracking=wandb", "format=original", HOME=str(cli.folder))
     ((run, *_),) = [field(messages, "run") for messages in runs(cli.folder)]
-    assert (run.display_name, set(run.tags)) == ("tiny_llama bf16", {"tiny_llama", "bf16"})
+    assert (run.display_name, set(run.tags)) == ("tiny_llama original", {"tiny_llama", "original"})
 
 
 def test_a_trackers_warning_is_no_warning_about_the_result(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ for trial_id in trials.split(","):
 
 
 def a_block(index: int) -> Block:
-    return Block(index=index, name="b", mse=1.0, relative_mse=0.1, seconds=1.0, layers=[])
+    return Block(index=index, name="b", calibration=BlockError(mse=1.0, relative=0.1), seconds=1.0, layers=[])
 
 
 def variables(home: Path, url: str, **more: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.records import Block, Data, Layer, LayerLoss, Metrics, Record, Stage, Task, TaskRun
+from experiments.records import Block, BlockError, Data, Layer, LayerLoss, Metrics, Record, Stage, Task, TaskRun
 
 LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -103,9 +103,15 @@ def _block(index: int, mse: float, predicted: float) -> Block:
             name=name, shared_input=[name], bits_per_weight=4.5, weights=1000,
             loss=LayerLoss(
                 mse=mse * (1 + place / 10), relative=mse * (1 + place / 10) / 10,
-                predicted=predicted * (1 + place / 10), bound=0.9 * predicted * (1 + place / 10) ** 1.1 / 2,
+                even=predicted * (1 + place / 10), bound=0.9 * predicted * (1 + place / 10) ** 1.1 / 2,
             ),
         )
         for place, name in enumerate(LINEARS)
     ]  # fmt: skip
-    return Block(index=index, name=f"layers.{index}", mse=mse, relative_mse=mse / 10, seconds=1.0, layers=layers)
+    return Block(
+        index=index,
+        name=f"layers.{index}",
+        calibration=BlockError(mse=mse, relative=mse / 10),
+        seconds=1.0,
+        layers=layers,
+    )

@@ -54,7 +54,7 @@ def test_records_of_other_versions_are_counted_and_named_with_the_remedy(tmp_pat
     found = load([tmp_path])
     assert len(found.trials) == 1
     (note,) = found.notes
-    assert note.startswith("5 records of schema version 3 left out, this program reads 4: ")
+    assert note.startswith("5 records of schema version 3 left out, this program reads 5: ")
     assert note.endswith("and 2 more; run the trials again with this version")
     assert note.count("result.json") == 3
 
@@ -63,11 +63,11 @@ def test_records_of_other_versions_are_counted_and_named_with_the_remedy(tmp_pat
     ("old", "new", "said"),
     [
         ('"kl": 0.1', '"kl": NaN', "metrics.kl"),
-        ('"predicted": 4.0', '"predicted": NaN', "predicted of decoder block 3, q_proj is nan"),
+        ('"even": 4.0', '"even": NaN', "even of decoder block 3, q_proj is nan"),
         ('"acc,none": 0.25', '"acc,none": Infinity', "acc,none of task one is inf"),
         ('"metric": "acc,none"', '"metric": "other"', "task one: a run lacks its metric other"),
         ('"skipped": {}', '"skipped": []', "skipped: "),
-        ('"schema_version": 4', '"schema_version": 4,,', "Invalid JSON"),
+        ('"schema_version": 5', '"schema_version": 5,,', "Invalid JSON"),
     ],
 )
 def test_a_damaged_record_is_named_with_the_reason(tmp_path: Path, old: str, new: str, said: str) -> None:
