@@ -42,6 +42,7 @@ TABLES = {
     "table6": "plots.tables.cost:table6",
     "table7": "plots.tables.storage:table7",
     "verdicts": "plots.verdicts:document",
+    "claims": "plots.claims:document",
 }
 OF_A_MODEL = "figure5"  # the output that --model is for
 ABSENT, WRONG = 1, 2
