@@ -82,7 +82,7 @@ class Nvfp4(_Built):
 
 class Int4(_Built):
     target: Literal["wush.Int4"] = Field(alias="_target_")
-    scale_rule: Literal["rms", "absmax"]
+    scale_rule: Literal["rms", "midrise", "absmax"]
 
 
 class Mxfp8(_Built):
@@ -107,12 +107,22 @@ class FixedTransform(_Built):
 class RandomRotation(_Built):
     target: Literal["wush.RandomRotation"] = Field(alias="_target_")
     seed: NonNegativeInt
+    per_tile: bool
 
 
 class AdaptiveTransform(_Built):
-    target: Literal["wush.Hu", "wush.Wus", "wush.Wush"] = Field(alias="_target_")
+    target: Literal["wush.Hu", "wush.Wus"] = Field(alias="_target_")
     refit: bool
     share: bool
+    signs: NonNegativeInt | None
+
+
+class Wush(_Built):
+    target: Literal["wush.Wush"] = Field(alias="_target_")
+    refit: bool
+    share: bool
+    signs: NonNegativeInt | None
+    power: float = Field(ge=0, le=1)
 
 
 class SmoothQuant(_Built):
@@ -122,7 +132,9 @@ class SmoothQuant(_Built):
     share: bool
 
 
-Transform = Annotated[FixedTransform | RandomRotation | AdaptiveTransform | SmoothQuant, Field(discriminator="target")]
+Transform = Annotated[
+    FixedTransform | RandomRotation | AdaptiveTransform | Wush | SmoothQuant, Field(discriminator="target")
+]
 
 
 # --- algorithm

@@ -32,6 +32,7 @@ FIGURES = {  # name -> module, and its function where that is not `draw`; one th
     "pareto": "plots.pareto",
     "heatmap": "plots.heatmap",
     "bound": "plots.bound",
+    "powers": "plots.powers",
 }
 TABLES = {
     "table1": "plots.tables.layer_loss:table1",
@@ -44,7 +45,7 @@ TABLES = {
     "verdicts": "plots.verdicts:document",
     "claims": "plots.claims:document",
 }
-OF_A_MODEL = "figure5"  # the output that --model is for
+OF_A_MODEL = ("figure5", "powers")  # the outputs that --model is for
 ABSENT, WRONG = 1, 2
 
 
@@ -77,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in asked.outputs if name not in outputs]
     for name in unknown:
         _say(f"{name}: there is no such figure or table; choose from {', '.join(outputs)}")
-    if asked.model is not None and OF_A_MODEL not in asked.outputs:
+    if asked.model is not None and not set(OF_A_MODEL) & set(asked.outputs):
         _say(
-            f"--model {asked.model}: only {OF_A_MODEL} takes a model; name it: python -m plots {OF_A_MODEL} --model ..."
+            f"--model {asked.model}: only {' and '.join(OF_A_MODEL)} take a model; name one: "
+            f"python -m plots {OF_A_MODEL[0]} --model ..."
         )
         return WRONG
     if problem := _unwritable(asked.output):
@@ -166,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="PATH_OR_HUB_NAME",
-        help=f"of {OF_A_MODEL}: a model in the Hugging Face format instead of the packaged one",
+        help=f"of {' and '.join(OF_A_MODEL)}: a model in the Hugging Face format instead of the packaged one",
     )  # fmt: skip
     parser.add_argument("--style", choices=("paper", "screen"), default="paper", help="for print, or larger")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help="default: plots/out")

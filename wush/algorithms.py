@@ -155,9 +155,8 @@ def _refit(rows: _Rows, n: int, inputs: Inputs, transform: Transform) -> Tensor:
     size = rows.format.group_size
     block_rg = rows.working[:, n * size : (n + 1) * size]
     if transform.share:
-        return transform.fit(block_rg, inputs, f"{', '.join(rows.names)} block {n}")
-    weights = [block_rg[own] for own in rows.of]
-    return transform.fit_each(weights, inputs, [f"{name} block {n}" for name in rows.names]).squeeze(1)
+        return transform.fit(block_rg, inputs, ", ".join(rows.names))
+    return transform.fit_each([block_rg[own] for own in rows.of], inputs, rows.names).squeeze(1)
 
 
 @dataclass(frozen=True)

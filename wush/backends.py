@@ -42,7 +42,7 @@ TENSOR_CORES_BF16 = (8, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {
     (fmt.name, fmt.scale_rule): fmt
-    for fmt in (MXFP4, Mxfp4("ocp"), NVFP4, Nvfp4("calibrated"), INT4, Int4("absmax"), MXFP8)
+    for fmt in (MXFP4, Mxfp4("ocp"), NVFP4, Nvfp4("calibrated"), INT4, Int4("midrise"), Int4("absmax"), MXFP8)
 }
 _told: set[str] = set()
 

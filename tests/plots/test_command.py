@@ -205,5 +205,5 @@ def test_figure5_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_model_without_figure5_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["figure6", "--model", "some/model", "--output", str(tmp_path / "out")]) == 2
-    assert "--model some/model: only figure5 takes a model; name it" in capsys.readouterr().err
+    assert "--model some/model: only figure5 and powers take a model; name one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,15 @@ from wush.machine import Machine
 from wush.operands import PRODUCTS, How, bits_of, operands_of
 from wush_kernels.support import INTERPRETED
 
-FORMATS = [wush.MXFP4, wush.Mxfp4("ocp"), wush.NVFP4, wush.Nvfp4("calibrated"), wush.INT4, wush.MXFP8]
+FORMATS = [
+    wush.MXFP4,
+    wush.Mxfp4("ocp"),
+    wush.NVFP4,
+    wush.Nvfp4("calibrated"),
+    wush.INT4,
+    wush.Int4("midrise"),
+    wush.MXFP8,
+]
 ids = [f"{fmt.name}-{fmt.scale_rule}" for fmt in FORMATS]
 
 H100 = H200 = Machine((9, 0))
