@@ -224,6 +224,7 @@ def _record(found: Findings, restored_blocks: int) -> Record:
         warnings=found.warnings,
         versions=found.environment["versions"],
         git_commit=found.environment["git_commit"],
+        method_version=wush.METHOD_VERSION,
         model_revision=found.revision,
         environment=machine,
         started_at=found.started,

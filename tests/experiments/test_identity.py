@@ -51,7 +51,9 @@ def test_the_id_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_baselines_differ_only_in_what_they_use() -> None:
     base = trial_id(config("format=original"))
-    assert base == trial_id(config("format=original", "transform=h", "algorithm=gptq", "seed=3", "calibration.windows=9"))
+    assert base == trial_id(
+        config("format=original", "transform=h", "algorithm=gptq", "seed=3", "calibration.windows=9")
+    )
     assert base != trial_id(config("format=original", "evaluation.windows=3"))
 
 
