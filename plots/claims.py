@@ -4,6 +4,7 @@
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ HOLDS, AGAINST, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not
 RULES = """\
 Ours is of the paper's model where that was run, else of the small models that were ("at small scale", on other tasks
 and texts). A claim holds or does not where the 95% interval of ours is on one side of what is asked, and is undecided
-else: a gain is to be above 0, whatever its size, the gap at most as large as published, the recovery above 98%. Of layer
-losses every linear counts. Speeds of another GPU than the paper's are shown, and only their difference is judged.
+else: a gain is to be above 0, whatever its size, the gap at most as large as published, the recovery above 98%. Of
+layer losses every linear counts. Speeds of another GPU than the paper's are shown, and only their difference is
+judged.
 """
 Averages = Mapping[str, Mapping[Method, Number]]  # model, then method: average over tasks in percent
 Asked = Callable[[Mapping[Method, Number]], Number | None]
@@ -103,10 +105,14 @@ ACCURACIES: Final = (
 
 def document(records: Records) -> str:
     """All claims in Markdown."""
-    lines = ["# Claims", "", f"Published: {SOURCE}. {ours(records.trials)}", "", RULES]
-    lines += [_row(("claim", "where", "published", "ours", "verdict")), _row(["---"] * 5)]
+    return "\n".join(["# Claims", "", f"Published: {SOURCE}. {ours(records.trials)}", "", RULES, table(records), ""])
+
+
+def table(records: Records) -> str:
+    """A line a claim."""
+    lines = [_row(("claim", "where", "published", "ours", "verdict")), _row(["---"] * 5)]
     lines += [_row((one.text, one.place, one.published, one.ours, one.verdict)) for one in claims(records)]
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def claims(records: Records) -> list[Claim]:

@@ -45,15 +45,24 @@ WITHOUT = "figures 1, 4, 5, 6"
 
 def document(records: Records) -> str:
     """All verdicts in Markdown: a summary, then every ordering of each item."""
-    verdicts = [judge(item) for item in items(records)]
+    verdicts = judged(records)
     lines = ["# Verdicts", "", ours(records.trials), *(f"Left out: {note}." for note in records.notes), "", RULES]
     lines += [_row(("item", "verdict", "numbers")), _row(["---"] * 3)]
-    lines += [_row((one.item.name, told(one), numbers(one))) for one in verdicts]
-    lines += [_row(line) for line in (_storage(), _speed())]
+    lines += [_row(line) for line in summary(verdicts)]
     lines += [_row((WITHOUT, "-", "drawn from theory and our own models: no published numbers to compare with")), ""]
     for one in verdicts:
         lines += _section(one)
     return "\n".join(lines)
+
+
+def judged(records: Records) -> list[Verdict]:
+    """Every item's."""
+    return [judge(item) for item in items(records)]
+
+
+def summary(verdicts: list[Verdict]) -> list[tuple[str, str, str]]:
+    """Item, verdict and numbers of each, and of what is not ordered."""
+    return [*((one.item.name, told(one), numbers(one)) for one in verdicts), _storage(), _speed()]
 
 
 def told(verdict: Verdict) -> str:

@@ -15,7 +15,7 @@ SOURCE = "arXiv 2512.00956 v3"
 NOT_RUN, NOTHING = "not run", "-"
 SIDES = ("published", "ours")
 INTERVALS = (
-    "± of ours: 95% interval, its longer side: of n seeds by Student's t; of a single trial over evaluated windows "
+    "±: 95% intervals of ours, their longer side: of n seeds by Student's t; of a single trial over evaluated windows "
     "(bootstrap, of under 30 windows Student's t) or over a task's documents; none where nothing was kept to tell it."
 )
 
@@ -117,13 +117,13 @@ def ours(trials: Sequence[Trial]) -> str:
     harness = sorted({task.harness for trial in trials for task in trial.tasks.values()})
     texts = sorted({text for trial in trials if (text := _calibration(trial))})
     parts = [f"{len(trials)} trial{'s' if len(trials) > 1 else ''} on {' and '.join(machines)}"]
-    parts += _particular(trials)
+    parts += particular(trials)
     parts += [f"LM Evaluation Harness {' and '.join(harness)}"] if harness else []
     parts += [f"calibration: {', '.join(texts)}"] if texts else []
     return f"Ours: {'; '.join(parts)}."
 
 
-def _particular(trials: Sequence[Trial]) -> list[str]:
+def particular(trials: Sequence[Trial]) -> list[str]:
     """What a reader must know of the original models and of the method that made the numbers."""
     notes = sorted({f"{trial.model}: {trial.model_note}" for trial in trials if trial.model_note})
     old = sorted({trial.method_version for trial in trials if trial.old})
