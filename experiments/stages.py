@@ -21,7 +21,8 @@ from experiments.records import Block, BlockError, Data, Metrics, Record, Stage,
 from experiments.tracking import Tracking
 from wush import backends
 from wush.progress import Progress
-from wush.texts import sha256_of_ids
+from wush.texts import PAD, batches, sha256_of_ids
+from wush.version import METHOD_VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +104,7 @@ class Stages:
             text_sha256=planned.get("sha256"),
             source=text.source(),
             ids_sha256=sha256_of_ids(ids),
-            tokens=ids.numel(),
+            tokens=int((ids != PAD).sum()),
         )
         return ids
 
@@ -132,7 +133,7 @@ class Stages:
         with measured(found.stages, "quantize", found.device):
             wush.quantize(
                 loaded.model,
-                calibration.split(found.batch_size("calibration")),
+                [batch.ids for batch in batches(calibration, found.batch_size("calibration"))],
                 format=instantiate(config["format"]),
                 transform=instantiate(config["transform"]),
                 algorithm=instantiate(config["algorithm"]),
@@ -224,8 +225,8 @@ def _record(found: Findings, restored_blocks: int) -> Record:
         warnings=found.warnings,
         versions=found.environment["versions"],
         git_commit=found.environment["git_commit"],
-        method_version=wush.METHOD_VERSION,
         model_revision=found.revision,
+        method_version=METHOD_VERSION,
         environment=machine,
         started_at=found.started,
         finished_at=now(),

@@ -47,6 +47,11 @@ class Trial:
     identity: dict[str, Any]
 
     @property
+    def method_version(self) -> int:
+        """The version of the method that it was planned with; plans of before it was kept have none."""
+        return int(self.identity.get("method_version", 1))
+
+    @property
     def name(self) -> str:
         """One line, such as `smollm2_135m mxfp4 wush rtn calibration.seed=1`."""
         used = {key: value for key, value in self.labels.items() if value != "-"}

@@ -22,6 +22,8 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 MOST_INVERSE_G = 2.0**118
 # The clip, in standard deviations, that minimizes the 4-bit squared error of a Gaussian.
 GAUSSIAN_CLIP_4BIT = 2.513930578568423
+# Inputs of the quantized model, and of other texts, go beyond those of calibration. It costs range below, no precision.
+INPUT_MARGIN = 1.25
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,27 @@ class Format(ABC):
     def weight_global_scale(self, weight: Tensor) -> float:
         """The factor `g` of one weight; the format's own unless the scale rule calibrates it."""
         return self.global_scale
+
+    @property
+    def calibrates_inputs(self) -> bool:
+        """Whether the factor `g` of a layer's inputs is found in calibration, by `input_global_scale`."""
+        return False
+
+    def input_global_scale(self, peak: float) -> float:
+        """The factor `g` of inputs whose largest magnitude in calibration is `peak`; the format's own otherwise."""
+        return self.global_scale
+
+    def window(self, global_scale: float) -> tuple[float, float] | None:
+        """The largest magnitude of a group that becomes zero, and the largest number; None for no window to count.
+
+        It counts where the scales of groups, with one `g` for all, reach less far than activations do.
+        """
+        return None
+
+    @property
+    def window_remedy(self) -> str:
+        """What to do about values outside the `window`."""
+        return "choose a format with a wider window"
 
     @abstractmethod
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
@@ -123,11 +146,14 @@ class Format(ABC):
         elements = self.groups(self.element.from_codes(quantized.codes))
         return self.expand(elements, quantized.scales, quantized.global_scale).flatten(-2)
 
-    def round_trip(self, x: Tensor, what: str = "tensor", *, checked: bool = True) -> Tensor:
+    def round_trip(
+        self, x: Tensor, what: str = "tensor", global_scale: float | None = None, *, checked: bool = True
+    ) -> Tensor:
         """`dequantize(quantize(x))` in float32, without making the codes; `checked` as of `quantize`."""
-        scales = self.find_scales(x, what, checked=checked)
-        elements = self.snap(self.groups(x, what), scales, self.global_scale)
-        return self.expand(elements, scales, self.global_scale).flatten(-2)
+        g = self.global_scale if global_scale is None else global_scale
+        scales = self.find_scales(x, what, g, checked=checked)
+        elements = self.snap(self.groups(x, what), scales, g)
+        return self.expand(elements, scales, g).flatten(-2)
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes `(..., I)` to bytes; 4-bit codes go two a byte, the lower index in the low nibble."""
@@ -209,7 +235,10 @@ class Mxfp4(Format):
 
 @dataclass(frozen=True)
 class Nvfp4(Format):
-    """NVIDIA NVFP4. `scale_rule="fixed"`: g = 0.1; `"calibrated"`: a weight's own g = amax / (6 * 448)."""
+    """NVIDIA NVFP4. `scale_rule="fixed"`: g = 0.1; `"calibrated"`: g = amax / (6 * 448), of each weight and input.
+
+    Of a layer's inputs, after its transform, amax is `INPUT_MARGIN` times the largest magnitude in calibration.
+    """
 
     scale_rule: Literal["fixed", "calibrated"] = "fixed"
     name: ClassVar[str] = "nvfp4"
@@ -230,8 +259,28 @@ class Nvfp4(Format):
     def weight_global_scale(self, weight: Tensor) -> float:
         if self.scale_rule == "fixed":
             return self.global_scale
-        amax = weight.abs().max().item()
+        return self._holding(weight.abs().max().item())
+
+    @property
+    def calibrates_inputs(self) -> bool:
+        return self.scale_rule == "calibrated"
+
+    def input_global_scale(self, peak: float) -> float:
+        return self._holding(INPUT_MARGIN * peak) if self.calibrates_inputs else self.global_scale
+
+    def _holding(self, amax: float) -> float:
+        """The smallest factor with which nothing up to `amax` is cut."""
         return max(amax / (E2M1_MAX * E4M3_MAX), 2.0**-126) if amax else self.global_scale  # 1 / g stays finite
+
+    def window(self, global_scale: float) -> tuple[float, float]:
+        # Half the least E4M3 number, 2^-9, is a tie that rounds to zero.
+        return E2M1_MAX * 2.0**-10 * global_scale, E2M1_MAX * E4M3_MAX * global_scale
+
+    @property
+    def window_remedy(self) -> str:
+        if self.calibrates_inputs:
+            return "calibrate on more text, or on text that is more like it"
+        return "format.scale_rule=calibrated fits the window to each layer"
 
     def group_scales(self, x_ng: Tensor, amax_n: Tensor, global_scale: float) -> Tensor:
         scales = amax_n * (1 / (E2M1_MAX * global_scale))

@@ -192,7 +192,7 @@ def test_other_formats_are_refused_with_the_remedy(fmt: Format, generator: torch
 def test_what_is_not_finite_is_told_with_its_linear(generator: torch.Generator) -> None:
     weight, moment = correlated(generator)
     weight[3, 40] = torch.nan
-    with pytest.raises(wush.NumericError, match="^layer: NaN or infinity"):
+    with pytest.raises(wush.NumericError, match=r"^layer: NaN or infinity"):
         wush.MrGptq().quantize_weight(weight, moment, wush.Hadamard(), wush.MXFP4)
 
 
