@@ -1,7 +1,7 @@
 """Figure 2: per-layer speed over BF16, published on an RTX 5090 beside the newest record of this project's kernels.
 
-Both panels show the same layers at the same number of tokens, on different GPUs: the matmul alone, and whole layers with
-one Hadamard matrix and with a transform for each block, as WUSH has. What the record lacks is marked as not measured.
+Both panels show the same layers at the same number of tokens, on different GPUs: the matmul alone, and whole layers
+with one Hadamard matrix and with a transform for each block, as WUSH has. What a record lacks is marked so.
 """
 
 from dataclasses import dataclass

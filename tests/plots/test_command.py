@@ -49,7 +49,7 @@ def drawn(folder: Path) -> set[str]:
 
 def files(*names: str) -> set[str]:
     def kinds(name: str) -> tuple[str, ...]:
-        tables = ("md",) if name == "verdicts" else ("md", "tex", "csv")
+        tables = ("md",) if name in ("verdicts", "claims") else ("md", "tex", "csv")
         return tables if name in command.TABLES else ("pdf", "svg", "png")
 
     return {f"{name}.{kind}" for name in names for kind in kinds(name)}
@@ -100,7 +100,7 @@ def test_an_unknown_figure_is_named_with_the_choices_and_the_others_are_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["figure11", "figure1", "--output", str(tmp_path)]) == 2
-    said = "figure11: there is no such figure or table; choose from figure1, figure2, figure3\n"
+    said = "figure11: there is no such figure or table; choose from figure1, figure2, figure3, readme\n"
     assert capsys.readouterr().err == said
     assert drawn(tmp_path) == files("figure1")
 

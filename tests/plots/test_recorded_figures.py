@@ -19,6 +19,7 @@ from plots.platinum_tasks import PLATINUM, suites
 from plots.records import Records, load
 from plots.tables.layer_loss import LINEARS
 from tests.plots.conftest import record, store
+from wush.intervals import of_runs
 from wush_kernels.bench.record import RESULTS
 from wush_kernels.bench.record import load as load_benchmark
 
@@ -210,6 +211,15 @@ def test_the_pareto_front_has_what_nothing_beats(tmp_path: Path) -> None:
     assert len(figure.axes[1].lines) == 5  # all but the identity, and the front
 
 
+def test_the_pareto_figure_has_bars_where_records_keep_windows(tmp_path: Path) -> None:
+    made = [record("mxfp4", "h", kls=[0.1, 0.2, 0.3, 0.6]), record("mxfp4", "wush", kl=0.1)]
+    figure = pareto.draw(load([store(tmp_path, *made)]))
+    bars = [one for one in figure.axes[0].containers if one.has_yerr]  # type: ignore[attr-defined]
+    (ends,) = [np.ravel(one[2][0].get_segments()[0])[1::2] for one in bars]
+    assert ends == pytest.approx(list(vars(of_runs([0.1, 0.2, 0.3, 0.6])).values()))
+    assert "bars: 95% intervals over evaluated windows" in said(figure)
+
+
 def test_speeds_are_geometric_means_of_the_record() -> None:
     record_ = load_benchmark(sorted(RESULTS.glob("*.json"))[-1])
     own = [
@@ -240,15 +250,20 @@ def test_own_runs_stand_beside_published_averages(tmp_path: Path) -> None:
     figure = platinum.averages(records)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[-2:] == ["tiny_llama", "smollm2_135m\nother tasks"]
-    boxes = {title: len(axes.lines) for title, axes in zip(titles, figure.axes, strict=True)}
-    without = {axes.get_title(): len(axes.lines) for axes in platinum.averages(Records()).axes}
-    assert boxes["Qwen3-8B"] > without["Qwen3-8B"]
-    assert boxes["Qwen3-14B"] == without["Qwen3-14B"]
+    drawn = {title: len(axes.containers) for title, axes in zip(titles, figure.axes, strict=True)}
+    without = {axes.get_title(): len(axes.containers) for axes in platinum.averages(Records()).axes}
+    assert drawn["Qwen3-8B"] == without["Qwen3-8B"] + 1
+    assert drawn["Qwen3-14B"] == without["Qwen3-14B"]
     (suite,) = [one for one in suites(records) if one.model == "smollm2_135m"]
-    assert suite.averages(("mxfp4", "rtn", "h")) == pytest.approx([40, 60])
+    number = suite.average(("mxfp4", "rtn", "h"))
+    assert number
+    assert number.mean == pytest.approx(50)
+    (cross,) = figure.axes[-1].containers
+    bars = np.ravel(cross[2][0].get_segments()[0])[::2]  # type: ignore[index]
+    assert bars == pytest.approx([number.mean - number.ends[0][0], number.mean + number.ends[1][0]])  # type: ignore[index]
     words = said(figure)
     assert "and ours (4 trials on cpu: made up)" in words
-    assert "boxes: quartiles of 2 to 3 own runs; smollm2_135m: one, two" in words
+    assert "crosses: ours, 95% intervals of 2 to 3 runs; smollm2_135m: one, two" in words
     assert "not run here" not in words
 
 
@@ -261,7 +276,7 @@ def test_own_means_are_lines_of_the_tables(tmp_path: Path) -> None:
     assert [text.get_text() for text in axes.texts][-14:] == ["80.0"] * 14
     further = platinum.figure10(records).axes
     assert [one.get_title(loc="left") for one in further[:-1]] == ["Qwen3-14B", "Qwen3-32B", "tiny_llama"]
-    assert [label.get_text() for label in further[2].get_yticklabels()] == ["ours: BF16", "ours: MXFP4 RTN H"]
+    assert [label.get_text() for label in further[2].get_yticklabels()] == ["ours: ORIGINAL", "ours: MXFP4 RTN H"]
 
 
 def test_a_figure_shows_methods_that_were_run_alike_never_the_newest(tmp_path: Path) -> None:
@@ -284,5 +299,8 @@ def test_own_runs_of_tasks_are_of_one_calibration_set_and_the_caption_names_the_
     ]
     records = load([store(tmp_path, *made)])
     (suite,) = suites(records)
-    assert suite.averages(("mxfp4", "rtn", "wush")) == pytest.approx([20, 40])
+    number = suite.average(("mxfp4", "rtn", "wush"))
+    assert number
+    assert number.mean == pytest.approx(30)
+    assert number.runs == 2
     assert "not shown: smollm2_135m: 1 trial with calibration=c4" in said(platinum.averages(records))

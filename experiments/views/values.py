@@ -1,0 +1,76 @@
+"""What a trial came to, or the mean of those that differ by seed, each with its 95% interval; and how that is written.
+
+Of a single trial the interval is over evaluated windows, or a task's documents; of several it is over seeds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from experiments.records import Metrics, Result
+from experiments.views.selection import MEAN_OF_TASKS, task_score
+from wush import intervals
+from wush.intervals import Interval, Metric
+
+# The one form in which intervals are shown, and what it means.
+PLUS_MINUS = (
+    "±: 95% interval, bootstrapped over a trial's windows (a task's documents), and Student's t for a mean over seeds"
+)
+MOST_ROWS = 1_000  # of single trials: of more none is bootstrapped, which would take seconds
+_OF: dict[Metric, Callable[[Metrics], float]] = {
+    "perplexity": lambda metrics: metrics.perplexity,
+    "gap": lambda metrics: metrics.perplexity - metrics.perplexity_original,
+    "kl": lambda metrics: metrics.kl,
+    "top1": lambda metrics: metrics.top1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A number and its 95% interval, None where that is not known."""
+
+    value: float
+    interval: Interval | None = None
+
+    def scaled(self, factor: float) -> "Value":
+        """In another unit."""
+        return Value(self.value * factor, self.interval and self.interval.scaled(factor))
+
+    def told(self, write: Callable[[float], str], write_margin: Callable[[float], str] | None = None) -> str:
+        """`0.3390 ± 0.0210`: the number, and the distance to the farther end of its interval."""
+        margin = "" if self.interval is None else f" ± {(write_margin or write)(self.interval.margin(self.value))}"
+        return write(self.value) + margin
+
+
+def measured(results: Sequence[Result], metric: Metric, over_windows: bool = True) -> Value:
+    """A metric of a trial, or of several that differ by seed; `over_windows` False: a single one has no interval."""
+    values = [_OF[metric](result.metrics) for result in results]
+    if len(values) > 1:
+        return Value(fmean(values), intervals.of_runs(values))
+    one = results[0]
+    known = over_windows and one.windows is not None and (one.quantized or metric == "perplexity")
+    return Value(values[0], one.windows.interval(metric) if known and one.windows else None)
+
+
+def measured_task(results: Sequence[Result], column: str, over_documents: bool = True) -> Value | None:
+    """The score of a task, or the mean of all, as a share; None unless every trial has it."""
+    scores = [score for result in results if (score := task_score(result, column)) is not None]
+    if len(scores) < len(results):
+        return None
+    if len(scores) > 1:
+        return Value(fmean(scores), intervals.of_runs(scores))
+    return Value(scores[0], _of_documents(results[0], column) if over_documents else None)
+
+
+def _of_documents(result: Result, column: str) -> Interval | None:
+    if column in result.tasks:
+        return intervals.of_documents(result.outcomes.get(column, []))
+    assert column == MEAN_OF_TASKS
+    found = [(score, intervals.of_documents(result.outcomes.get(name, []))) for name, score in result.tasks.items()]
+    known = [(score, interval) for score, interval in found if interval]
+    return intervals.combined(known) if len(known) == len(found) else None
+
+
+def share_told(metrics: Metrics) -> str:
+    """The share of weights that is quantized, as `96.4%`, rounded down; empty when all are or the model is not."""
+    return f"{int(1000 * metrics.quantized_share + 1e-9) / 10:g}%" if 0 < metrics.quantized_share < 1 else ""
