@@ -148,6 +148,7 @@ def retry(store: ResultStore, name: str | None, launcher: str | None, overrides:
     if name and "=" in name and name not in plans.names(store):  # a key of the launcher, for the sweep planned last
         overrides, name = [name, *overrides], None
     sweep, node = find(store, name)
+    plans.check_version(sweep)
     if launcher is not None:
         node = _launcher_node(launcher)
     for override in overrides:

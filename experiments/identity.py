@@ -3,23 +3,33 @@
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from wush.version import METHOD_VERSION
+
 # How and where a trial runs; no key here can change its result.
 NEUTRAL = ("tracking", "device", "kernels", "keep_operands", "progress", "results", "keep_blocks", "sweep", "scale")
 # Of a text: the windows run at a time. Every sum over windows is made window by window, so this changes no result.
 NEUTRAL_OF_TEXT = ("batch_size",)
 # Of a text: which windows are cut and how they are run, not what the text is.
-WINDOWS = ("windows", "window_length", "batch_size", "seed")
+WINDOWS = ("windows", "window_length", "batch_size", "seed", "bos")
 TEXTS = ("calibration", "evaluation")
 # What an unquantized baseline does not use.
-UNUSED_BY_BASELINE = ("transform", "algorithm", "calibration", "quantize")
+UNUSED_BY_BASELINE = ("transform", "algorithm", "calibration", "quantize", "measure")
 BASELINE = "wush.Unquantized"
-MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt")
+# What loading a model and its tokenizer may read of a folder: weights, configs, vocabularies, code, chat templates.
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.gguf", "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.vocab", "*.bpe"),
+    *("*.jinja", "**/*.jinja", "**/*.py"),
+)
+# Of tasks: what says how each is run, which their specs say in full; and the permission, by which some are left out.
+OF_SPECS = ("tasks", "num_fewshot", "chat_template", "limit", "generation", "include", "allow_code_execution")
 
 
 def trial_id(config: dict[str, Any]) -> str:
@@ -42,11 +52,11 @@ class Identities:
         self._sha256_of_text: dict[str, str | ValueError | None] = {}
 
     def identity(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The part of a resolved config that a trial's id is the hash of.
+        """The part of a resolved config that a trial's id is the hash of, and the method's version.
 
         Raises `ValueError` when a text or a local model cannot be read.
         """
-        parts = self.relevant(config)
+        parts = self.relevant(config) | {"method_version": METHOD_VERSION}
         for key in ("model", *TEXTS):
             if key in parts:
                 known = (key, id(config[key]))
@@ -59,7 +69,7 @@ class Identities:
     def relevant(self, config: dict[str, Any]) -> dict[str, Any]:
         """The keys that can change the result. The top-level `seed` can only where other keys refer to it."""
         dropped = (*NEUTRAL, "seed", *(UNUSED_BY_BASELINE if is_baseline(config) else ()))
-        refits = config["algorithm"]["_target_"] != "wush.Rtn"
+        refits = config["algorithm"]["_target_"] == "wush.Gptq"
         parts = {}
         for key, value in config.items():
             if key not in dropped:
@@ -75,10 +85,10 @@ class Identities:
         A dataset of the hub is known by its name and revision: nothing is downloaded for an identity.
         """
         if "text" in node:
-            own = {key: value for key, value in node.items() if key != "include"}
-            _built(node)  # which refuses what its keys alone show to be wrong
+            own = {key: value for key, value in node.items() if key not in OF_SPECS}
+            tasks = _specs(_built(node))  # which refuses what its keys alone show to be wrong
             included = {"include": _folder_content(node["include"])} if node["include"] else {}
-            return {**own, **included, "text": self._text(node["text"])}
+            return {**own, **included, "tasks": tasks, "text": self._text(node["text"])}
         text = json.dumps({key: value for key, value in node.items() if key not in WINDOWS})
         if text not in self._sha256_of_text:
             try:
@@ -89,7 +99,35 @@ class Identities:
         if isinstance(sha256, ValueError):
             raise sha256.with_traceback(None)
         own = {key: value for key, value in node.items() if key not in NEUTRAL_OF_TEXT}
-        return own if sha256 is None else {**{k: v for k, v in own.items() if k != "path"}, "sha256": sha256}
+        if sha256 is None:
+            return own
+        chooses = node["windows"] is not None  # of all its windows, in order, no seed chooses any
+        unused = ("path",) if chooses else ("path", "seed")
+        return {**{key: value for key, value in own.items() if key not in unused}, "sha256": sha256}
+
+
+def _specs(harness: Any) -> list[dict[str, Any]]:
+    """How each task that is not left out is run, by name: the same however, and in whatever order, that is written."""
+    found = []
+    for spec in sorted(harness.complete(), key=lambda spec: spec.task):
+        own = {key: value for key, value in asdict(spec).items() if key != "only_with_code_execution"}
+        generation = _whole(dict(harness.generation or {}) | own["generation"])
+        found.append(own | {"only": _set(spec.only), "never": _set(spec.never), "generation": generation})
+    return found
+
+
+def _set(values: Iterable[Any]) -> list[Any]:
+    """The values of a list of which order and repetition do not matter."""
+    return sorted(set(values))
+
+
+def _whole(value: Any) -> Any:
+    """Plain values in which a whole number is one number, written 1 or 1.0."""
+    if isinstance(value, dict):
+        return {key: _whole(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_whole(own) for own in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _built(node: dict[str, Any]) -> Any:
@@ -111,6 +149,8 @@ def _relevant(key: str, value: Any, refits: bool) -> Any:
         return {**value, "text": _relevant(key, value["text"], refits)}
     if key in TEXTS:
         return {name: own for name, own in value.items() if name not in NEUTRAL_OF_TEXT}
+    if key == "quantize":
+        return value | {name: _set(value[name]) for name in ("blocks", "exclude") if value.get(name)}
     without = ("refit",) if key == "transform" and not refits else ()
     return {name: own for name, own in value.items() if name not in without} if without else value
 
@@ -121,16 +161,20 @@ def is_baseline(config: dict[str, Any]) -> bool:
 
 
 def model_identity(node: dict[str, Any]) -> dict[str, Any]:
-    """A model node; of a local folder, with the content of its weights, config and tokenizer in place of its path."""
+    """A model node; of a local folder, with the content of all that loading it may read in place of its path.
+
+    A folder has no revisions.
+    """
     if "path" not in node or not Path(node["path"]).expanduser().is_dir():
         return node
     folder = Path(node["path"]).expanduser()
-    paths = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    paths = {str(path.relative_to(folder)): path for path in sorted(found) if "__pycache__" not in path.parts}
     try:
-        files = {path.name: _sha256(path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)}
+        files = {name: _sha256(p, p.stat().st_size, p.stat().st_mtime_ns) for name, p in paths.items()}
     except OSError as error:
         raise ValueError(f"model.path={node['path']}: {error}; make its files readable") from error
-    return {**{k: v for k, v in node.items() if k != "path"}, "files": files}
+    return {**{k: v for k, v in node.items() if k not in ("path", "revision")}, "files": files}
 
 
 def _folder_content(folder: str) -> dict[str, str]:

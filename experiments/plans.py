@@ -13,6 +13,7 @@ from experiments.schema import ConfigError
 from experiments.store import ResultStore, write_atomically
 from experiments.sweep import Sweep
 from experiments.trial import Trial
+from wush.version import METHOD_VERSION
 
 _TRIAL = ("trial_id", "choices", "labels", "config", "identity")
 
@@ -48,6 +49,17 @@ def load(store: ResultStore, name: str) -> tuple[Sweep, dict[str, Any]]:
         raise ConfigError(f"no sweep {name!r} in {store.root}; there are: {known}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); start the sweep again to plan it anew") from error
+
+
+def check_version(sweep: Sweep) -> None:
+    """Raise `ConfigError` for a sweep that was planned with another version of the method: its trials are others now."""
+    planned = {trial.method_version for trial in sweep.trials} - {METHOD_VERSION}
+    if planned:
+        command = json.loads((sweep.store.sweep(sweep.name) / "plan.json").read_bytes())["command"]
+        raise ConfigError(
+            f"sweep {sweep.name}: planned with version {min(planned)} of the method, and this is {METHOD_VERSION}: "
+            f"numbers of both are not compared; start it anew, which keeps what is done: {command}"
+        )
 
 
 def driver_file(store: ResultStore, name: str, owner: Owner) -> Path:

@@ -82,7 +82,7 @@ class Nvfp4(_Built):
 
 class Int4(_Built):
     target: Literal["wush.Int4"] = Field(alias="_target_")
-    scale_rule: Literal["rms", "absmax"]
+    scale_rule: Literal["rms", "midrise", "absmax"]
 
 
 class Mxfp8(_Built):
@@ -107,12 +107,22 @@ class FixedTransform(_Built):
 class RandomRotation(_Built):
     target: Literal["wush.RandomRotation"] = Field(alias="_target_")
     seed: NonNegativeInt
+    per_tile: bool
 
 
 class AdaptiveTransform(_Built):
-    target: Literal["wush.Hu", "wush.Wus", "wush.Wush"] = Field(alias="_target_")
+    target: Literal["wush.Hu", "wush.Wus"] = Field(alias="_target_")
     refit: bool
     share: bool
+    signs: NonNegativeInt | None
+
+
+class Wush(_Built):
+    target: Literal["wush.Wush"] = Field(alias="_target_")
+    refit: bool
+    share: bool
+    signs: NonNegativeInt | None
+    power: float = Field(ge=0, le=1)
 
 
 class SmoothQuant(_Built):
@@ -122,14 +132,25 @@ class SmoothQuant(_Built):
     share: bool
 
 
-Transform = Annotated[FixedTransform | RandomRotation | AdaptiveTransform | SmoothQuant, Field(discriminator="target")]
+Transform = Annotated[
+    FixedTransform | RandomRotation | AdaptiveTransform | Wush | SmoothQuant, Field(discriminator="target")
+]
 
 
 # --- algorithm
 
 
-class Algorithm(_Built):
+class PlainAlgorithm(_Built):
     target: Literal["wush.Rtn", "wush.Gptq"] = Field(alias="_target_")
+
+
+class MrGptq(_Built):
+    target: Literal["wush.MrGptq"] = Field(alias="_target_")
+    scale_search: bool
+    activation_order: bool
+
+
+Algorithm = Annotated[PlainAlgorithm | MrGptq, Field(discriminator="target")]
 
 
 # --- calibration and evaluation
@@ -140,15 +161,12 @@ class _Windows(_Built):
     window_length: int = Field(ge=2)
     batch_size: PositiveInt
     seed: NonNegativeInt | None
+    bos: Literal["first", "every"]
 
 
 class EmbeddedText(_Windows):
     target: Literal["wush.texts.EmbeddedText"] = Field(alias="_target_")
-    part: Literal["calibration", "evaluation"]
-
-
-class EmbeddedCode(_Windows):
-    target: Literal["wush.texts.EmbeddedCode"] = Field(alias="_target_")
+    part: Literal["calibration", "evaluation", "validation", "held_out", "code"]
 
 
 class TextFile(_Windows):
@@ -157,18 +175,21 @@ class TextFile(_Windows):
 
 
 class HubText(_Windows):
-    target: Literal["wush.hub.HubText"] = Field(alias="_target_")
+    target: Literal["wush.hub.hub_text"] = Field(alias="_target_")
     dataset: str = Field(min_length=1)
     name: str | None
     revision: str | None
     split: str = Field(min_length=1)
+    files: list[str] | None = Field(min_length=1)
     layout: Literal["text", "messages", "turns", "exchange"]
     columns: list[str] = Field(min_length=1)
     read: Literal["joined", "shuffled", "streamed"]
+    buffer: PositiveInt | None
     part: Literal["calibration", "evaluation"] | None
+    cut: Literal["packed", "crops", "each"]
 
 
-Text = Annotated[EmbeddedText | EmbeddedCode | TextFile | HubText, Field(discriminator="target")]
+Text = Annotated[EmbeddedText | TextFile | HubText, Field(discriminator="target")]
 
 
 class Task(_Strict):
@@ -202,7 +223,7 @@ class Harness(_Built):
     allow_code_execution: bool
 
 
-Evaluation = Annotated[EmbeddedText | EmbeddedCode | TextFile | HubText | Harness, Field(discriminator="target")]
+Evaluation = Annotated[EmbeddedText | TextFile | HubText | Harness, Field(discriminator="target")]
 
 
 # --- tracking
@@ -228,7 +249,11 @@ Tracking = Annotated[NoTracking | Wandb, Field(discriminator="target")]
 class Quantize(_Strict):
     exclude: list[str]
     blocks: list[NonNegativeInt] | None
-    layer_loss: bool
+
+
+class Measure(_Strict):
+    layer_loss: Literal["calibration", "held_out"] | None
+    windows: PositiveInt | None
 
 
 def _device(value: str) -> str:
@@ -256,6 +281,7 @@ class TrialConfig(_Strict):
     calibration: Text
     evaluation: Evaluation
     quantize: Quantize
+    measure: Measure
     seed: NonNegativeInt
     tracking: Tracking
     device: Annotated[str, AfterValidator(_device)]

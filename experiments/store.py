@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Failure, Record, Result
 from experiments.schema import ConfigError
+from wush.version import METHOD_VERSION
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +70,29 @@ class ResultStore:
             raise DamagedRecord(f"trial {trial_id}: its result.json is damaged ({reason})") from error
 
     def finished(self, trial_id: str) -> Record | None:
-        """As `record`, but a damaged one is moved aside, with a warning, and counts as none: for who runs trials."""
+        """As `record`, for who runs trials: what cannot be read, or was made by another version of the method, is none.
+
+        It is moved aside, with a warning.
+        """
         try:
-            return self.record(trial_id)
+            record = self.record(trial_id)
         except DamagedRecord as damaged:
-            path = self.trial(trial_id) / "result.json"
-            aside = path.with_name(f"result.damaged-{uuid.uuid4().hex}.json")
-            with suppress(FileNotFoundError):  # another process was faster
-                path.rename(aside)
-            log.warning("%s; moved to %s", damaged, aside.name)
+            self._set_aside(trial_id, "damaged", str(damaged))
             return None
+        if record is not None and record.method_version != METHOD_VERSION:
+            made = f"made by version {record.method_version} of the method"
+            self._set_aside(
+                trial_id, "old", f"trial {trial_id}: its result.json was {made}, and this is {METHOD_VERSION}"
+            )
+            return None
+        return record
+
+    def _set_aside(self, trial_id: str, kind: str, why: str) -> None:
+        path = self.trial(trial_id) / "result.json"
+        aside = path.with_name(f"result.{kind}-{uuid.uuid4().hex}.json")
+        with suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside)
+        log.warning("%s; moved to %s", why, aside.name)
 
     def results(self, trial_ids: Iterable[str], mend: bool = False) -> dict[str, Result]:
         """The results of the finished ones of the trials, in the order given.

@@ -21,7 +21,7 @@ from experiments.environment import code_versions
 from experiments.failures import ADVICE, Kind, classify, may_go_on, memory_failures
 from experiments.identity import text_of
 from experiments.logs import logged, one_line
-from experiments.records import Block, Data, Failure, Metrics, Record, Stage, Task, now
+from experiments.records import Block, Data, Failure, Lost, Metrics, Record, Stage, Task, Windows, now
 from experiments.store import ResultStore
 from experiments.tracking import Tracking
 from wush.progress import Progress
@@ -47,6 +47,11 @@ class Trial:
     identity: dict[str, Any]
 
     @property
+    def method_version(self) -> int:
+        """The version of the method that it was planned with; plans of before it was kept have none."""
+        return int(self.identity.get("method_version", 1))
+
+    @property
     def name(self) -> str:
         """One line, such as `smollm2_135m mxfp4 wush rtn calibration.seed=1`."""
         used = {key: value for key, value in self.labels.items() if value != "-"}
@@ -69,8 +74,12 @@ class Findings:
     blocks: list[Block] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
+    note: str | None = None
     bits_per_weight: float = math.nan
+    quantized_share: float = 0.0
     metrics: Metrics | None = None
+    windows: Windows | None = None
+    lost: dict[str, dict[str, Lost]] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     kernels: dict[str, list[str]] = field(default_factory=dict)
 

@@ -25,10 +25,14 @@ SPAN = 8
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight `(O, I)` and the transform, `(N, G, G)` or `(G, G)`, of its inputs; None is identity."""
+    """A quantized weight `(O, I)` and the transform, `(N, G, G)` or `(G, G)`, of its inputs; None is identity.
+
+    `input_scale`: the global scale of its inputs where it is calibrated; None is the format's own.
+    """
 
     quantized: Quantized
     transform: Tensor | None
+    input_scale: float | None = None
 
 
 class Algorithm(ABC):
@@ -66,14 +70,14 @@ class Rtn(Algorithm):
     def quantize_group(
         self, weights: Sequence[Tensor], moment: SecondMoment, transform: Transform, fmt: Format, names: Sequence[str]
     ) -> list[QuantizedWeight]:
-        fitted = _fit(weights, moment.inputs(fmt.group_size), transform, names)
+        fitted = fit_transforms(weights, moment.inputs(fmt.group_size), transform, names)
         results = []
-        for weight, matrix, what in zip(weights, _each(fitted, weights), names, strict=True):
+        for weight, matrix, what in zip(weights, of_each(fitted, weights), names, strict=True):
             transformed = _transformed(weight, matrix, transform, what)
             g = fmt.weight_global_scale(transformed)
             quantized = fmt.quantize(transformed, what, g, checked=not weight.is_cuda)
             _refuse_nan(quantized.scales, fmt, what)
-            results.append(QuantizedWeight(quantized, _stored(matrix, transform)))
+            results.append(QuantizedWeight(quantized, stored(matrix, transform)))
         return results
 
 
@@ -88,13 +92,13 @@ class Gptq(Algorithm):
         self, weights: Sequence[Tensor], moment: SecondMoment, transform: Transform, fmt: Format, names: Sequence[str]
     ) -> list[QuantizedWeight]:
         inputs = moment.inputs(fmt.group_size)
-        fitted = _fit(weights, inputs, transform, names)
-        transformed = (_transformed(*own, transform) for own in zip(weights, _each(fitted, weights), strict=True))
+        fitted = fit_transforms(weights, inputs, transform, names)
+        transformed = (_transformed(*own, transform) for own in zip(weights, of_each(fitted, weights), strict=True))
         rows = _Rows(weights, [fmt.weight_global_scale(weight) for weight in transformed], fmt, names)
         _sweep_blocks(rows, moment.inverse_factor, inputs, fitted, transform)
         return [
-            QuantizedWeight(rows.quantized(i), _stored(matrix, transform))
-            for i, matrix in enumerate(_each(fitted, weights))
+            QuantizedWeight(rows.quantized(i), stored(matrix, transform))
+            for i, matrix in enumerate(of_each(fitted, weights))
         ]
 
 
@@ -155,9 +159,8 @@ def _refit(rows: _Rows, n: int, inputs: Inputs, transform: Transform) -> Tensor:
     size = rows.format.group_size
     block_rg = rows.working[:, n * size : (n + 1) * size]
     if transform.share:
-        return transform.fit(block_rg, inputs, f"{', '.join(rows.names)} block {n}")
-    weights = [block_rg[own] for own in rows.of]
-    return transform.fit_each(weights, inputs, [f"{name} block {n}" for name in rows.names]).squeeze(1)
+        return transform.fit(block_rg, inputs, ", ".join(rows.names))
+    return transform.fit_each([block_rg[own] for own in rows.of], inputs, rows.names).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -232,17 +235,28 @@ def _sweep_columns(
     """Quantize one block column by column in transformed coordinates: its codes, scales and spread errors."""
     entered_go = (block_og @ inverse_gg).mT.contiguous()
     scales = fmt.find_scales(entered_go.mT, what, global_scale, checked=not block_og.is_cuda)
-    x_go, elements_go = entered_go.clone(), torch.empty_like(entered_go, dtype=torch.float32)
-    for c, column in enumerate(x_go):
-        elements_go[c] = fmt.snap(column.float()[:, None, None], scales, global_scale)[:, 0, 0]
-        value = fmt.expand(elements_go[c][:, None, None], scales, global_scale)[:, 0, 0]
-        x_go[c:].addr_(lower_gg[c:, c], value.double() - column)
+    x_go = entered_go.clone()
+    elements_go = round_columns(x_go, lower_gg, [scales] * len(x_go), fmt, global_scale)
     codes_og.copy_(fmt.element.to_codes(elements_go.mT.contiguous()))
     scales_o1.copy_(scales)
     errors_og.copy_((x_go - entered_go).mT @ spread_gg)
 
 
-def _fit(weights: Sequence[Tensor], inputs: Inputs, transform: Transform, names: Sequence[str]) -> Tensor:
+def round_columns(x_go: Tensor, lower_gg: Tensor, scales: Sequence[Tensor], fmt: Format, global_scale: float) -> Tensor:
+    """Elements `(G, O)` float32 of columns x rounded one after the other, at scales `(O, 1)` of each.
+
+    `lower_gg`: unit lower triangular; column c of it is how the error of column c moves those after it. `x_go`
+    becomes the columns' values.
+    """
+    elements_go = torch.empty_like(x_go, dtype=torch.float32)
+    for c, column in enumerate(x_go):
+        elements_go[c] = fmt.snap(column.float()[:, None, None], scales[c], global_scale)[:, 0, 0]
+        value = fmt.expand(elements_go[c][:, None, None], scales[c], global_scale)[:, 0, 0]
+        x_go[c:].addr_(lower_gg[c:, c], value.double() - column)
+    return elements_go
+
+
+def fit_transforms(weights: Sequence[Tensor], inputs: Inputs, transform: Transform, names: Sequence[str]) -> Tensor:
     """`T` in the weights' dtype, `(P, N, G, G)`, or `(P, G, G)` where all blocks have the same."""
     if transform.share:
         joined = weights[0] if len(weights) == 1 else torch.cat(list(weights))
@@ -252,7 +266,7 @@ def _fit(weights: Sequence[Tensor], inputs: Inputs, transform: Transform, names:
     return fitted.to(weights[0].dtype)
 
 
-def _each(fitted: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+def of_each(fitted: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     """The transform of each linear: its own, or the one tensor that is shared."""
     own = [matrix.clone() for matrix in fitted]
     return own if len(own) == len(weights) else own * len(weights)
@@ -262,7 +276,8 @@ def _transformed(weight_oi: Tensor, matrix: Tensor, transform: Transform, what: 
     return weight_oi if isinstance(transform, Identity) else transform_weight(weight_oi, matrix, what).float()
 
 
-def _stored(matrix: Tensor, transform: Transform) -> Tensor | None:
+def stored(matrix: Tensor, transform: Transform) -> Tensor | None:
+    """The transform as a layer keeps it: None for the identity, which costs nothing."""
     return None if isinstance(transform, Identity) else matrix
 
 

@@ -6,7 +6,7 @@ Shape legend: `B` windows in a batch, `M` tokens, `I` features.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,21 +85,25 @@ def check_positions(config: Any, window_length: int, what: str) -> None:
     log.warning("%s, which was not trained beyond them; %s", longer, remedy)
 
 
-def check_windows(model: nn.Module, ids: Tensor, what: str) -> None:
-    """Raise `ValueError` for token ids `(B, M)` that the model has no embedding or no position for."""
-    if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-        raise ValueError(f"{what}: expected token ids (B, M), not {tuple(ids.shape)} of {ids.dtype}")
+def check_windows(model: nn.Module, batches: Sequence[Tensor], what: str) -> None:
+    """Raise `ValueError` for token ids, each `(B, M)`, that a model has no embedding or, as `check_positions`, no place
+    for; `what`: the windows' name in the config.
+    """
     table = getattr(model, "get_input_embeddings", lambda: None)()
     total = getattr(table, "num_embeddings", None)
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or (total is not None and high >= total):
-        raise ValueError(
-            f"{what}: token ids {low} to {high}, but the model's embeddings are 0 to {total - 1 if total else '?'}; "
-            "use the tokenizer that belongs to the model"
-        )
+    for ids in batches:
+        if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+            raise ValueError(f"{what}: expected token ids (B, M), not {tuple(ids.shape)} of {ids.dtype}")
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or (total is not None and high >= total):
+            known = f"are 0 to {total - 1}" if total else "start at 0"
+            raise ValueError(
+                f"{what}: token ids {low} to {high}, but the model's embeddings {known}; use the tokenizer that belongs "
+                "to the model"
+            )
     config = getattr(model, "config", None)
     if config is not None:
-        check_positions(config, ids.shape[1], what)
+        check_positions(config, max(ids.shape[1] for ids in batches), what)
 
 
 @torch.no_grad()
@@ -127,6 +131,12 @@ def follow(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> Route:
             hidden = run.outputs[index - 1] if index else run.hidden
             _check_alone(model, index, run_block(block, hidden, run.arguments[index]), run.outputs[index])
     return route
+
+
+@torch.no_grad()
+def known_route(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> Route:
+    """How a model whose original was followed runs its blocks, by one run of a short window; errors as of `follow`."""
+    return Route(_observed(model, blocks, input_ids[:1, :FOLLOWED]).returned)
 
 
 @torch.no_grad()

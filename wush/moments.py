@@ -23,10 +23,14 @@ MAX_DOUBLINGS = 10
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of a linear's inputs: `M_X`, and each channel's largest magnitude where it was kept."""
+    """What is known of a linear's inputs: `M_X`, and each channel's largest magnitude where it was kept.
+
+    `first`: of a part of a layer's tiles the number of its first one; None for all of them.
+    """
 
     moments_ngg: Tensor
     peaks_ng: Tensor | None = None
+    first: int | None = None
 
     @property
     def block_size(self) -> int:
@@ -40,7 +44,8 @@ class Inputs:
 
     def block(self, n: int) -> "Inputs":
         """What is known of block n, N = 1."""
-        return Inputs(self.moments_ngg[n : n + 1], None if self.peaks_ng is None else self.peaks_ng[n : n + 1])
+        peaks_ng = None if self.peaks_ng is None else self.peaks_ng[n : n + 1]
+        return Inputs(self.moments_ngg[n : n + 1], peaks_ng, (self.first or 0) + n)
 
 
 class SecondMoment:
@@ -167,8 +172,7 @@ def damped_cholesky(matrix: Tensor, what: str | Sequence[str]) -> tuple[Tensor, 
         )
     raise NumericError(
         f"{named(what, failed)}: second moment is not positive definite even with damping {rho.max().item() / 2:.3g} "
-        "of its mean diagonal (a group of channels may be all zero); calibrate on more text or leave the layer out "
-        "with quantize.exclude=[...]"
+        "of its mean diagonal; calibrate on more text or leave the layer out with quantize.exclude=[...]"
     )
 
 
@@ -180,12 +184,14 @@ def named(what: str | Sequence[str], flags: Tensor) -> str:
 
 
 def inverse_factor(matrix: Tensor, what: str) -> Tensor:
-    """Lower `C` with `C C^T = damp(M)^-1`, `(I, I)`; errors as `damped_cholesky`.
+    """Lower `C` with `C C^T = damp(M)^-1`, `(I, I)`; errors as `damped_cholesky`. Of an all-zero M it is the identity.
 
     The Cholesky factor of the matrix with both orders reversed is, reversed back, an upper `U` with
     `U U^T = damp(M)`; then `C = U^-T`.
     """
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    # Where no input has any signal no error matters, and any C will do.
+    matrix = torch.where((matrix == 0).all(), identity, matrix)
     reversed_lower, _ = damped_cholesky(matrix.flip(0, 1), what)
     upper = reversed_lower.flip(0, 1)
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True).mT.contiguous()

@@ -6,8 +6,10 @@ Shape legend: `O` output features, `I` input features, `N` blocks, `G` block siz
 """
 
 import functools
+import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +19,12 @@ from torch import Tensor
 from wush.device import found, has_kernels
 from wush.errors import NumericError
 from wush.moments import Inputs, damp, damped_cholesky, named, weight_moments
+
+log = logging.getLogger(__name__)
+
+# Entries of a row this close to its largest, relatively, are as large: which of them rounding makes the largest must
+# not matter where they are equal by construction, and others are nearly never this close.
+TIED = 1e-6
 
 
 class Transform(ABC):
@@ -34,7 +42,11 @@ class Transform(ABC):
 
     @abstractmethod
     def fit(self, weight_oi: Tensor, inputs: Inputs, what: str = "layer") -> Tensor:
-        """`T` in float64 for a weight `(O, I)` with such inputs; errors and warnings name `what`."""
+        """`T` in float64 for a weight `(O, I)` with such inputs; errors and warnings name `what`.
+
+        `what` is the layer's full name (of several that share T: their names, joined). What is drawn at random is
+        drawn from a seed, this name and the tile's number, so that no order of fitting matters.
+        """
 
     def fit_each(self, weights: Sequence[Tensor], inputs: Inputs, names: Sequence[str]) -> Tensor:
         """The transforms of several weights with the same inputs, stacked; to overload where they fit in one batch."""
@@ -55,14 +67,19 @@ class Identity(Transform):
 
 @dataclass(frozen=True)
 class RandomRotation(Transform):
-    """A Haar-random orthogonal matrix, the same for every block of every layer."""
+    """A Haar-random orthogonal matrix: one for every tile of every layer, or with `per_tile` each its own."""
 
     seed: int = 0
+    per_tile: bool = False
     share = True
     name: ClassVar[str] = "r"
 
     def fit(self, weight_oi: Tensor, inputs: Inputs, what: str = "layer") -> Tensor:
-        return _rotation_on(inputs.device, inputs.block_size, self.seed)
+        if not self.per_tile:
+            return _rotation_on(inputs.device, inputs.block_size, self.seed)
+        size = inputs.block_size
+        own = [torch.randn(size, size, dtype=torch.float64, generator=g) for g in _draws(self.seed, what, inputs)]
+        return _rotations(torch.stack(own)).to(inputs.device)
 
 
 @dataclass(frozen=True)
@@ -105,66 +122,169 @@ class SmoothQuant(Transform):
 
 @dataclass(frozen=True)
 class Hu(Transform):
-    """`T = Hd U^T`: the rotation of WUSH without its scaling."""
+    """`T = Hd U^T L^T` (the paper's equation 15): the rotation `Hd U^T`, of `y = L^T x`.
+
+    Both second moments get a constant diagonal, of the weight 1 and of the inputs mean(S^2): nothing is balanced.
+    `signs`: as of `Wush`.
+    """
 
     refit: bool = True
     share: bool = False
+    signs: int | None = None
     name: ClassVar[str] = "hu"
 
     def fit(self, weight_oi: Tensor, inputs: Inputs, what: str = "layer") -> Tensor:
         return self.fit_each([weight_oi], inputs, [what])[0]
 
     def fit_each(self, weights: Sequence[Tensor], inputs: Inputs, names: Sequence[str]) -> Tensor:
-        _, _, vectors = _joint_eigen(weights, inputs, names)
-        return _hadamard_on(vectors.device, vectors.shape[-1]) @ vectors.mT
+        joint = _Joint.of(weights, inputs, names, self.signs)
+        return joint.or_identity(_hadamard_on(inputs.device, inputs.block_size) @ joint.rows)
 
 
 @dataclass(frozen=True)
 class Wus(Transform):
-    """`T = S^-1/2 U^T L^T`: WUSH without its Hadamard backbone."""
+    """`T = S^-1/2 U^T L^T`: WUSH without its Hadamard backbone; `signs` as of `Wush`."""
 
     refit: bool = True
     share: bool = False
+    signs: int | None = None
     name: ClassVar[str] = "wus"
 
     def fit(self, weight_oi: Tensor, inputs: Inputs, what: str = "layer") -> Tensor:
         return self.fit_each([weight_oi], inputs, [what])[0]
 
     def fit_each(self, weights: Sequence[Tensor], inputs: Inputs, names: Sequence[str]) -> Tensor:
-        lower, squared, vectors = _joint_eigen(weights, inputs, names)
-        # S^2 are the eigenvalues, so S^-1/2 is their power -1/4.
-        return squared.pow(-0.25).unsqueeze(-1) * (vectors.mT @ lower.mT)
+        joint = _Joint.of(weights, inputs, names, self.signs)
+        return joint.or_identity(joint.scaled(0.5))
 
 
 @dataclass(frozen=True)
 class Wush(Transform):
-    """`T = Hd S^-1/2 U^T L^T`: both sides get the same second moment, and its diagonal is constant."""
+    """`T = Hd S^-1/2 U^T L^T`: both sides get the same second moment, and its diagonal is constant.
+
+    `power` p, 0 to 1: `T_p = Hd S^(p-1) U^T L^T`, with which inputs have the moment `Hd S^2p Hd^T` and the weight
+    `Hd S^(2-2p) Hd^T`: 1 is `hu`, 1/2 balances them, 0 is `hu` with the sides exchanged.
+    `signs`: None takes the canonical signs of eigenvectors (`_canonical`), a seed random ones, each tile its own: the
+    method leaves them free, and results depend on them.
+    """
 
     refit: bool = True
     share: bool = False
+    signs: int | None = None
+    power: float = 0.5
     name: ClassVar[str] = "wush"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"power={self.power}: wush needs a number from 0 to 1")
 
     def fit(self, weight_oi: Tensor, inputs: Inputs, what: str = "layer") -> Tensor:
         return self.fit_each([weight_oi], inputs, [what])[0]
 
     def fit_each(self, weights: Sequence[Tensor], inputs: Inputs, names: Sequence[str]) -> Tensor:
-        balanced = Wus().fit_each(weights, inputs, names)
-        return _hadamard_on(balanced.device, balanced.shape[-1]) @ balanced
+        joint = _Joint.of(weights, inputs, names, self.signs)
+        return joint.or_identity(_hadamard_on(inputs.device, inputs.block_size) @ joint.scaled(self.power))
 
 
-def _joint_eigen(weights: Sequence[Tensor], inputs: Inputs, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each weight's blocks: `L`, and `S^2 > 0` and `U` of `L^T damp(M_X) L = U S^2 U^T`."""
-    of_weights = torch.stack([weight_moments(weight, inputs.block_size) for weight in weights])
-    lower, _ = damped_cholesky(of_weights, [f"{what} weight" for what in names])
-    squared, vectors = symmetric_eigen(lower.mT @ damp(inputs.moments_ngg.double()) @ lower)
-    indefinite = ~(squared > 0)
-    if found(indefinite):
-        where = named([f"{what} input" for what in names], indefinite)
-        raise NumericError(
-            f"{where}: second moment is not positive definite (a group of channels may be all zero); "
-            "calibrate on more text or leave the layer out with quantize.exclude=[...]"
-        )
-    return lower, squared, vectors
+@dataclass(frozen=True)
+class _Joint:
+    """What HU, WUS and WUSH are made of, for each weight P and tile N.
+
+    `squared` `(P, N, G)`: S^2, rising, the eigenvalues of `L^T damp(M_X) L = U S^2 U^T`; `rows` `(P, N, G, G)`:
+    `U^T L^T`, with the chosen signs; `dead` `(P, N)`: tiles whose inputs or weights are all zero.
+    """
+
+    squared: Tensor
+    rows: Tensor
+    dead: Tensor
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], inputs: Inputs, names: Sequence[str], signs: int | None) -> "_Joint":
+        """Of weights with the same inputs; raises `NumericError` where a moment is not finite or indefinite."""
+        of_weights = torch.stack([weight_moments(weight, inputs.block_size) for weight in weights])
+        of_inputs = inputs.moments_ngg.double()
+        dead = _all_zero(of_weights) | _all_zero(of_inputs)
+        _warn_of_dead(dead, inputs, names)
+        # Of a dead tile nothing is wanted, but the others' factorizations must not fail with its own.
+        of_weights = _identity_where(dead, of_weights)
+        of_inputs = _identity_where(dead, of_inputs.expand_as(of_weights))
+        tile = "" if inputs.first is None else f" tile {inputs.first}"
+        lower, _ = damped_cholesky(of_weights, [f"{what} weight{tile}" for what in names])
+        squared, vectors = symmetric_eigen(lower.mT @ damp(of_inputs) @ lower)
+        indefinite = ~(squared > 0)
+        if found(indefinite):
+            where = named([f"{what} input{tile}" for what in names], indefinite)
+            raise NumericError(
+                f"{where}: second moment is not positive definite; calibrate on more text or leave the layer out with "
+                "quantize.exclude=[...]"
+            )
+        rows = _canonical(vectors.mT @ lower.mT)
+        return cls(squared, rows if signs is None else rows * _random_signs(signs, inputs, names), dead)
+
+    def scaled(self, power: float) -> Tensor:
+        """`S^(p-1) U^T L^T`, `(P, N, G, G)`."""
+        return self.squared.pow((power - 1) / 2).unsqueeze(-1) * self.rows
+
+    def or_identity(self, transform: Tensor) -> Tensor:
+        """Transforms `(P, N, G, G)`, those of dead tiles replaced by the identity: for them any would do."""
+        return _identity_where(self.dead, transform)
+
+
+def _canonical(rows: Tensor) -> Tensor:
+    """Rows `(..., G, G)` of `U^T L^T`, each with the sign that makes its entry of largest magnitude positive.
+
+    An eigenvector's sign is free and a factorization's is decided by rounding; WUSH mixes rows, so that it decides
+    what is rounded where. Of entries that tie, to `TIED`, the first one counts. No rule is continuous: a row flips
+    where a change of the moments makes another entry, of the other sign, the largest. Measured, with every weight and
+    every entry of M_X changed by 1e-7, 1e-5 and 1e-3: no row, at most 0.01%, and 0.4 to 0.6% of the rows of 1,000
+    random tiles; at 1e-3 0.2 to 1% in a middle block of SmolLM2-135M, none at 1e-5.
+    Equal eigenvalues leave their vectors free beyond the sign, and those stay as the factorization finds them.
+    """
+    magnitudes = rows.abs()
+    largest = magnitudes >= (1 - TIED) * magnitudes.amax(-1, keepdim=True)
+    places = torch.arange(rows.shape[-1], device=rows.device)
+    # NaN has no largest entry; what is not finite is found later, or was.
+    first = torch.where(largest, places, rows.shape[-1] - 1).amin(-1, keepdim=True)
+    return torch.where(rows.gather(-1, first) < 0, -rows, rows)
+
+
+def _random_signs(seed: int, inputs: Inputs, names: Sequence[str]) -> Tensor:
+    """Signs `(P, N, G, 1)` float64 of the rows of each layer's tiles."""
+    drawn = [
+        torch.stack([torch.randint(0, 2, (inputs.block_size, 1), generator=g) for g in _draws(seed, what, inputs)])
+        for what in names
+    ]
+    return (2.0 * torch.stack(drawn).double() - 1).to(inputs.device, non_blocking=True)
+
+
+def _draws(seed: int, what: str, inputs: Inputs) -> Iterator[torch.Generator]:
+    """A generator for each tile, seeded by the seed, the layer's name and the tile's number in the layer."""
+    for tile in range(inputs.first or 0, (inputs.first or 0) + len(inputs.moments_ngg)):
+        digest = hashlib.sha256(f"{seed} {what} {tile}".encode()).digest()
+        yield torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _all_zero(moments: Tensor) -> Tensor:
+    """Which of moments `(..., G, G)` have no nonzero entry; NaN is none."""
+    return (moments == 0).flatten(-2).all(-1)
+
+
+def _identity_where(flags: Tensor, matrices: Tensor) -> Tensor:
+    """Matrices `(..., G, G)`, those with a flag `(...)` replaced by the identity."""
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return torch.where(flags[..., None, None], identity, matrices)
+
+
+def _warn_of_dead(dead: Tensor, inputs: Inputs, names: Sequence[str]) -> None:
+    """Say which layers have dead tiles, and how many, when a layer is fitted as a whole."""
+    if inputs.first is not None or not found(dead):
+        return
+    for what, count in zip(names, dead.sum(1).tolist(), strict=True):
+        if count:
+            log.warning(
+                "%s: %d of its %d tiles of %d channels have only zeros for inputs or weights; they take the identity",
+                what, count, dead.shape[1], inputs.block_size,
+            )  # fmt: skip
 
 
 def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +302,13 @@ def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _rotation_on(device: torch.device, size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return (q * r.diagonal().sign()).to(device)
+    return _rotations(torch.randn(size, size, dtype=torch.float64, generator=generator)).to(device)
+
+
+def _rotations(gaussian: Tensor) -> Tensor:
+    """Haar-random rotations of Gaussian matrices `(..., G, G)`; the signs of R's diagonal would else bias them."""
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
 @functools.cache

@@ -25,8 +25,11 @@ from wush.device import without_waiting
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.linear import QuantLinear
-from wush.losses import layer_losses, share
+from wush.losses import share
+from wush.lost import counting, warn
+from wush.modes import in_evaluation_mode
 from wush.moments import SecondMoment
+from wush.operands import transformed
 from wush.progress import Progress, Silent
 from wush.reports import BlockReport, LayerReport, QuantizationReport, SavedBlocks
 from wush.saving import refuse_saving
@@ -46,16 +49,12 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Work:
-    """What every block of a walk is quantized with.
-
-    `calls`, of calibration batches, and `held_out` hold the hidden states that the next block is fed.
-    """
+    """What every block of a walk is quantized with; `calls` of batches hold the hidden states of the next block."""
 
     format: Format
     transform: Transform
     algorithm: Algorithm
     calls: list[BlockCalls]
-    held_out: list[BlockCalls]
     saved: SavedBlocks | None
     progress: Progress
     settings: Settings
@@ -66,6 +65,7 @@ class _Work:
         return SecondMoment(x.shape[-1], x.device, name, size, keep_peaks=self.transform.needs_peaks)
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -76,7 +76,6 @@ def quantize(
     algorithm: Algorithm,
     exclude: Sequence[str] = (),
     blocks: Sequence[int] | None = None,
-    held_out: Sequence[Tensor] | None = None,
     report: QuantizationReport | None = None,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
@@ -86,12 +85,11 @@ def quantize(
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `blocks`: the decoder blocks to quantize, counted from 0, or all. `held_out`: batches on which the
-    `LayerLoss` of every linear is measured. `report` is filled in with each block as it is done, and `on_block` called.
-    Blocks that `saved` has are restored, and each new one is given to it: the result is the same, bit for bit.
-    `settings`: what quantized layers may run on. Raises, before any work, `ValueError` for a layer that does not fit
-    the format, a pattern that excludes nothing or a block that is not there; `UnsupportedModelError`; `NumericError`
-    that names the layer.
+    as `*.down_proj`. `blocks`: the decoder blocks to quantize, counted from 0, or all. `report` is filled in with each
+    block as it is done, and `on_block` called. Blocks that `saved` has are restored, and each new one is given to it:
+    the result is the same, bit for bit. `settings`: what quantized layers may run on. The model is in evaluation mode
+    meanwhile. Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes
+    nothing or a block that is not there; `UnsupportedModelError`; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
@@ -100,13 +98,12 @@ def quantize(
     surveyed = survey(model, format, exclude, blocks, report)
     blocks_name, decoder_blocks, chosen = surveyed.name, surveyed.blocks, surveyed.chosen
     calls = _record_batches(model, decoder_blocks, batches, "calibration", progress)
-    held = [] if held_out is None else _record_batches(model, decoder_blocks, held_out, "held-out", progress)
-    work = _Work(format, transform, algorithm, calls, held, saved, progress, settings)
+    work = _Work(format, transform, algorithm, calls, saved, progress, settings)
     walked = list(decoder_blocks)[: max(chosen) + 1]
     refuse_saving(model)
     for index, block in progress.track(enumerate(walked), "decoder blocks", len(walked)):
         if index not in chosen:
-            _pass_on(block, index, [*calls, *held], next(block.parameters()).device)
+            _pass_on(block, index, calls, next(block.parameters()).device)
             continue
         which = f"{blocks_name}.{index}", block, index, chosen[index]
         done = _restore(*which, work) or _quantize_block(*which, work)
@@ -116,6 +113,7 @@ def quantize(
             on_block(done)
     if not any(block.layers for block in report.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
+    warn(report.lost, format, "calibration")
     return model
 
 
@@ -124,39 +122,18 @@ def _quantize_block(name: str, block: nn.Module, index: int, names: list[str], w
     started = time.perf_counter()
     device = next(block.parameters()).device
     groups, outputs = _calibrate(name, block, index, names, work, device)
-    originals = linears(block)
-    layers = _quantize_layers(name, block, originals, groups, work, device)
-    if work.held_out:
-        layers = _with_losses(name, block, index, originals, groups, layers, work, device)
+    layers = _quantize_layers(name, block, index, groups, work, device)
     work.progress.detail(f"{name} output error")
-    with _all_used(name, block, layers):
+    with _all_used(name, block, layers), counting(block) as count:
         mse, relative = _advance(block, work.calls, index, outputs, device)
+    lost = count.found()
+    layers = [replace(layer, lost=lost.get(layer.name)) for layer in layers]
     if not mse < float("inf"):
         raise NumericError(f"{name}: the quantized block's output is not finite")
     done = BlockReport(index, name, mse, relative, time.perf_counter() - started, tuple(layers))
     if work.saved:
         work.saved.save(done, _tensors(block))
     return done
-
-
-def _with_losses(
-    name: str,
-    block: nn.Module,
-    index: int,
-    originals: dict[str, nn.Linear],
-    groups: list[_Group],
-    layers: list[LayerReport],
-    work: _Work,
-    device: torch.device,
-) -> list[LayerReport]:
-    """The reports of a block's layers with their losses; feeds the next block's held-out tokens."""
-    work.progress.detail(f"{name} layer losses")
-    size = work.format.group_size
-    moments = {linear: group.moment.diagonal_blocks(size) for group in groups for linear in group.names}
-    replaced = {linear: originals[linear] for linear in moments}
-    losses = layer_losses(block, index, replaced, moments, work.held_out, device)
-    _pass_on(block, index, work.held_out, device)
-    return [replace(layer, loss=losses.get(layer.name)) for layer in layers]
 
 
 def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _Work) -> BlockReport | None:
@@ -169,8 +146,6 @@ def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _W
     device = next(block.parameters()).device
     if not {layer.name for layer in report.layers} <= set(names):
         raise ValueError(f"{name}: the saved block is of another model or other excludes; remove it")
-    if work.held_out and report.layers and not any(layer.loss for layer in report.layers):
-        raise ValueError(f"{name}: the saved block has no layer losses; remove it, or measure none")
     for layer in report.layers:
         own = {key.removeprefix(f"{layer.name}."): t for key, t in tensors.items() if key.startswith(f"{layer.name}.")}
         state = {key: tensor if key == "_extra_state" else tensor.to(device) for key, tensor in own.items()}
@@ -178,7 +153,7 @@ def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _W
             layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}", work.settings)
         )
     _join(block, {layer.shared_input for layer in report.layers}, work.transform)
-    _pass_on(block, index, [*work.calls, *work.held_out], device)
+    _pass_on(block, index, work.calls, device)
     return report
 
 
@@ -211,8 +186,7 @@ def _record_batches(
     """What the blocks are called with for each batch, every one of which is checked before the first runs."""
     if not len(batches):
         raise ValueError(f"no {what} batches; pass at least one tensor of token ids (B, M)")
-    for batch in batches:
-        check_windows(model, batch, what)
+    check_windows(model, batches, what)
     device = next(blocks.parameters()).device
     route = follow(model, blocks, batches[0].to(device))
     tracked = progress.track(batches, f"{what} batches", len(batches))
@@ -267,14 +241,10 @@ def _groups_of(
 
 
 def _quantize_layers(
-    name: str,
-    block: nn.Module,
-    originals: dict[str, nn.Linear],
-    groups: list[_Group],
-    work: _Work,
-    device: torch.device,
+    name: str, block: nn.Module, index: int, groups: list[_Group], work: _Work, device: torch.device
 ) -> list[LayerReport]:
     """Put quantized layers in the place of a block's linears, those fed by one tensor together."""
+    originals = linears(block)
 
     def quantized(group: _Group) -> list[QuantizedWeight]:
         names = [f"{name}.{linear}" for linear in group.names]
@@ -287,6 +257,9 @@ def _quantize_layers(
             group.moment.forget()
 
     results = without_waiting(lambda: [quantized(group) for group in groups], device, forget)
+    if work.format.calibrates_inputs:
+        work.progress.detail(f"{name} ranges of inputs")
+        results = _with_input_scales(block, index, groups, results, work, device)
     layers = []
     for group, weights in zip(groups, results, strict=True):
         together = sum(originals[linear].weight.numel() for linear in group.names)
@@ -298,6 +271,35 @@ def _quantize_layers(
             layers.append(LayerReport(linear, tuple(group.names), bits, size))
     _join(block, {tuple(group.names) for group in groups}, work.transform)
     return layers
+
+
+def _with_input_scales(
+    block: nn.Module,
+    index: int,
+    groups: list[_Group],
+    results: list[list[QuantizedWeight]],
+    work: _Work,
+    device: torch.device,
+) -> list[list[QuantizedWeight]]:
+    """The weights with the global scales of their inputs, from the peaks of `T x` in the block as it still is.
+
+    It takes a pass of its own: what the inputs are is known before any `T`, and their peaks only after it.
+    """
+    names = [group.names[0] for group in groups]
+    peaks: dict[tuple[int, int], Tensor] = {}
+    for call in work.calls:
+        with linear_inputs(block, names) as seen:
+            run_block(block, call.hidden.to(device), call.arguments[index])
+        for n, (linear, weights) in enumerate(zip(names, results, strict=True)):
+            for x in seen[linear]:
+                for transform in {id(weight.transform): weight.transform for weight in weights}.values():
+                    key, peak = (n, id(transform)), transformed(x, transform).abs().amax()
+                    peaks[key] = torch.maximum(peaks[key], peak) if key in peaks else peak
+    scales = {key: work.format.input_global_scale(peak.item()) for key, peak in peaks.items()}
+    return [
+        [replace(weight, input_scale=scales[n, id(weight.transform)]) for weight in weights]
+        for n, weights in enumerate(results)
+    ]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
 from experiments.trial import Trial
 from experiments.views.summary import show_table, write_report, write_table
+from wush.version import METHOD_VERSION
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = (100, 1_000, 10_000)
@@ -197,6 +198,7 @@ def _record(level: float) -> Record:
         versions={"python": "3.11.7", "torch": "2.11.0", "transformers": "5.17.0", "wush": "0.1.0"},
         git_commit="0" * 40,
         model_revision=None,
+        method_version=METHOD_VERSION,
         environment={"host": "node-1", "platform": "Linux", "processor": "CPU", "cores": 2, "device": "cpu"},
         started_at=now(),
         finished_at=now(),

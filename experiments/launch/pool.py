@@ -212,6 +212,7 @@ def run_in_job(root: str, sweep: str, trial_id: str) -> None:
     """
     store = ResultStore(root)
     trial = _planned(store, sweep, trial_id)
+    plans.check_version(plans.load(store, sweep)[0])
     if store.finished(trial_id):
         log.info("trial %s: done already", trial_id)
         return

@@ -16,6 +16,7 @@ from experiments.records import Record
 from experiments.store import ResultStore
 from tests.experiments.conftest import ROOT, SMALL, Cli, environment
 from tests.experiments.test_pool import wait_until
+from wush.version import METHOD_VERSION
 
 DEEP = "model.layers=500"  # takes long enough to be looked at
 LONG = "model.layers=250"  # long enough for another process to begin, and short enough to see its end
@@ -207,6 +208,19 @@ def test_a_damaged_plan_is_an_error_with_a_remedy(content: str, cli: Cli) -> Non
         assert failed.returncode == 2
         assert "start the sweep again to plan it anew" in failed.stderr
     assert cli.small("-m", "sweep=mine", "format=original").returncode == 0
+
+
+def test_a_sweep_planned_with_another_version_of_the_method_is_shown_and_not_gone_on_with(cli: Cli) -> None:
+    cli.small("-m", "sweep=mine", "format=original")
+    path = cli.folder / "results" / "sweeps" / "mine" / "plan.json"
+    content = path.read_text()
+    assert content.count(f'"method_version": {METHOD_VERSION}') == 1
+    path.write_text(content.replace(f'"method_version": {METHOD_VERSION}', '"method_version": 1'))
+    assert cli.experiments("status", "mine").returncode == 0
+    refused = cli.experiments("retry", "mine")
+    assert refused.returncode == 2
+    assert f"planned with version 1 of the method, and this is {METHOD_VERSION}" in refused.stderr
+    assert "run.py -m sweep=mine format=original" in refused.stderr
 
 
 def test_a_sweep_of_the_same_name_does_not_replace_one_that_runs(

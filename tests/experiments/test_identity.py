@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments.identity import Identities, model_identity, trial_id
-from tests.experiments.conftest import config
+from tests.experiments.conftest import composed, config
 from wush.texts import EmbeddedText
+from wush.version import METHOD_VERSION
 
 
 @pytest.mark.parametrize(
@@ -30,14 +32,6 @@ def test_whatever_can_change_the_result_changes_the_id(override: str) -> None:
     assert trial_id(config(override)) != trial_id(config())
 
 
-def test_refit_counts_only_where_something_is_refitted() -> None:
-    rtn, gptq = (
-        {trial_id(config(a, f"transform.refit={r}")) for r in ("true", "false")}
-        for a in ("algorithm=rtn", "algorithm=gptq")
-    )
-    assert (len(rtn), len(gptq)) == (1, 2)
-
-
 def test_the_top_seed_counts_only_where_another_key_takes_it() -> None:
     fixed = "calibration.seed=0"
     assert trial_id(config(fixed, "seed=1")) == trial_id(config(fixed, "seed=2"))
@@ -51,7 +45,8 @@ def test_the_id_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_baselines_differ_only_in_what_they_use() -> None:
     base = trial_id(config("format=original"))
-    assert base == trial_id(config("format=original", "transform=h", "algorithm=gptq", "seed=3", "calibration.windows=9"))
+    others = ("transform=h", "algorithm=gptq", "seed=3", "calibration.windows=9", "quantize.blocks=[0]")
+    assert base == trial_id(config("format=original", *others))
     assert base != trial_id(config("format=original", "evaluation.windows=3"))
 
 
@@ -94,3 +89,101 @@ def test_configs_that_share_a_text_read_it_once(monkeypatch: pytest.MonkeyPatch)
     assert sorted(calls) == ["calibration", "evaluation"]
     assert len({one["calibration"]["sha256"] for one in parts}) == 1
     assert [one["calibration"]["seed"] for one in parts] == [0, 1, 2]
+
+
+def suite(*overrides: str) -> dict[str, Any]:
+    """A config that evaluates tasks."""
+    return composed("evaluation=lm_eval", *overrides, small=("model=tiny_llama",)).config
+
+
+def test_what_is_written_otherwise_and_means_the_same_is_one_trial() -> None:
+    tasks = "evaluation.tasks=[embedded_arithmetic]"
+    same = [
+        ("quantize.blocks=[1,0]", "quantize.blocks=[0,1,1]"),
+        ("quantize.exclude=[a,b]", "quantize.exclude=[b,a,b]"),
+        ("transform.refit=true", "transform.refit=false"),
+    ]
+    for one, other in same:
+        assert trial_id(config(one)) == trial_id(config(other)), one
+    of_tasks = [
+        (tasks,),
+        ("evaluation.tasks=[{task: embedded_arithmetic}]",),
+        ("evaluation.tasks=[{task: embedded_arithmetic, metric: null, only: [], fewshot_as_multiturn: false}]",),
+        ("evaluation.tasks=[{task: embedded_arithmetic, chat_template: false}]",),
+        (tasks, "evaluation.allow_code_execution=true"),
+        (tasks, "evaluation.generation={}"),
+    ]
+    assert len({trial_id(suite(*one)) for one in of_tasks}) == 1
+
+
+def test_what_a_suite_says_counts_as_what_its_tasks_say() -> None:
+    def of(task: str, *others: str) -> str:
+        return trial_id(suite(f"evaluation.tasks=[{task}]", *others))
+
+    assert of("{task: a, limit: 5}") == of("a", "evaluation.limit=5")
+    assert of("{task: a, generation: {temperature: 1.0}}") == of("a", "+evaluation.generation.temperature=1")
+    assert of("{task: a, limit: 5}", "evaluation.limit=9") == of("a", "evaluation.limit=5")
+    assert of("a", "evaluation.limit=5") != of("a")
+    assert of("{task: a, only: [qwen3, llama]}") == of("{task: a, only: [llama, qwen3, llama]}") != of("a")
+    assert of("a,b") == of("b,a") != of("a")
+
+
+def test_permission_to_run_code_counts_only_where_it_adds_a_task() -> None:
+    allowed = "evaluation.allow_code_execution=true"
+    plain, with_code = "[a]", "[a, {task: b, only_with_code_execution: true}]"
+    found = [
+        trial_id(suite(f"evaluation.tasks={tasks}", *extra))
+        for tasks, extra in ((plain, ()), (plain, (allowed,)), (with_code, ()), (with_code, (allowed,)))
+    ]
+    assert found[0] == found[1] == found[2] != found[3]
+
+
+def test_the_seed_of_all_windows_of_a_text_chooses_none() -> None:
+    every = "calibration.windows=null"
+    assert trial_id(config(every, "seed=1")) == trial_id(config(every, "seed=2")) != trial_id(config("seed=2"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "modeling_mine.py", "parts/rope.py"),
+        *("qwen.tiktoken", "generation_config.json", "vocab.bpe", "spiece.model", "merges.txt"),
+    ],
+)
+def test_every_file_that_loading_a_model_may_read_is_part_of_its_content(name: str, tmp_path: Path) -> None:
+    node = config("model=local", f"model.path={tmp_path}")["model"]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    found = []
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        found.append(trial_id(config("model=local", f"model.path={tmp_path}")))
+    assert found[0] != found[1]
+    assert name in model_identity(node)["files"]
+
+
+def test_a_local_model_has_no_revision_and_no_way_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"12")
+    monkeypatch.chdir(tmp_path)
+    ids = {
+        trial_id(config("model=local", *one))
+        for one in (
+            (f"model.path={tmp_path / 'model'}",),
+            ("model.path=model",),
+            ("model.path=./model/",),
+            ("model.path=model", "model.revision=main"),
+        )
+    }
+    assert len(ids) == 1
+
+
+def test_another_version_of_the_method_makes_other_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = trial_id(config())
+    monkeypatch.setattr("experiments.identity.METHOD_VERSION", METHOD_VERSION + 1)
+    assert trial_id(config()) != before
+
+
+def test_only_gptq_refits() -> None:
+    for algorithm, count in (("rtn", 1), ("mr_gptq", 1), ("gptq", 2)):
+        refits = {trial_id(config(f"algorithm={algorithm}", f"transform.refit={r}")) for r in ("true", "false")}
+        assert len(refits) == count, algorithm

@@ -21,6 +21,7 @@ from experiments.views.report import render_report
 from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
 from experiments.views.selection import telling
 from experiments.views.summary import summarize, tabulate, to_markdown
+from wush.version import METHOD_VERSION
 
 BLOCKS = 30
 START = datetime(2025, 11, 22, 15, 0, tzinfo=UTC)
@@ -62,6 +63,7 @@ def record(trial_id: str, choices: dict[str, str], metrics: Metrics, level: floa
         versions={"python": "3.11.7", "torch": "2.9.0"},
         git_commit="70db0c0d",
         model_revision=None,
+        method_version=METHOD_VERSION,
         environment={"host": "node-7", "device": "cpu: AMD EPYC 9554"},
         started_at=START,
         finished_at=START + timedelta(seconds=97),

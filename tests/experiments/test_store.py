@@ -24,6 +24,7 @@ from experiments.records import (
 )
 from experiments.schema import ConfigError
 from experiments.store import DamagedRecord, ResultStore, write_atomically
+from wush.version import METHOD_VERSION
 
 
 def record(trial_id: str, kl: float = 0.1) -> Record:
@@ -46,6 +47,7 @@ def record(trial_id: str, kl: float = 0.1) -> Record:
         versions={"python": "3.11"},
         git_commit=None,
         model_revision=None,
+        method_version=METHOD_VERSION,
         environment={"host": "here", "device": "cpu: test"},
         started_at=now(),
         finished_at=now(),
@@ -318,3 +320,16 @@ def test_lists_of_windows_are_of_one_length() -> None:
     assert Windows.model_validate(values).agree == [3, 4]
     with pytest.raises(ValueError, match="equal length"):
         Windows.model_validate(values | {"kl": [0.1]})
+
+
+def test_a_record_of_another_version_of_the_method_is_shown_and_never_counts_as_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = stored(tmp_path, record("a1").model_copy(update={"method_version": METHOD_VERSION - 1}))
+    shown = store.record("a1")
+    assert shown is not None
+    assert shown.method_version == METHOD_VERSION - 1
+    assert store.finished("a1") is None
+    assert f"made by version {METHOD_VERSION - 1} of the method, and this is {METHOD_VERSION}" in caplog.text
+    (aside,) = store.trial("a1").glob("result.old-*.json")
+    assert Record.model_validate_json(aside.read_bytes()) == shown

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import wush
 from wush.decoder import check_positions, check_windows, find_blocks, follow, linear_inputs, record_calls, run_block
+from wush.texts import PAD
 
 Forward = Callable[["Row", Tensor], Tensor]
 Pair = namedtuple("Pair", "hidden aux")
@@ -441,7 +442,7 @@ def test_tokens_without_an_embedding_are_refused_before_they_reach_a_gpu(tokens:
 @pytest.mark.parametrize("tokens", [torch.zeros(4), torch.zeros(2, 4), torch.zeros(0, 4, dtype=torch.long)])
 def test_what_is_no_batch_of_token_ids_is_refused(tokens: Tensor) -> None:
     with pytest.raises(ValueError, match=r"calibration: expected token ids \(B, M\)"):
-        check_windows(Row(each()), tokens, "calibration")
+        check_windows(Row(each()), [tokens], "calibration")
 
 
 def test_every_batch_is_checked_before_the_first_runs(generator: torch.Generator) -> None:
@@ -452,3 +453,35 @@ def test_every_batch_is_checked_before_the_first_runs(generator: torch.Generator
     with pytest.raises(ValueError, match="token ids 99 to 99"):
         wush.quantize(model, [ids(generator), torch.full((1, 4), 99)], **options)
     assert not ran
+
+
+@pytest.mark.parametrize("length", [33, 100])
+def test_windows_past_learned_positions_are_refused_wherever_they_are_run(length: int) -> None:
+    config = AutoConfig.for_model("opt", **TINY | {"ffn_dim": 128, "word_embed_proj_dim": 64})
+    config.max_position_embeddings = 32
+    model = AutoModelForCausalLM.from_config(config).eval()
+    windows = torch.full((2, length), 5)
+    windows[1, 20:] = PAD
+    states = torch.zeros(2, length, 64)
+    for run in (
+        lambda: quantize(model, windows[:1]),
+        lambda: wush.original_states(model, windows),
+        lambda: wush.evaluate(model, windows, states),
+    ):
+        with pytest.raises(ValueError, match=rf"windows of {length} tokens are longer than the 32 positions"):
+            run()
+
+
+def test_padding_of_shorter_windows_is_no_token(generator: torch.Generator) -> None:
+    model = family("bloom")
+    windows = torch.randint(1, 101, (3, 24), generator=generator)
+    windows[1, 10:] = PAD
+    assert wush.evaluate(model, windows, wush.original_states(model, windows)).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_long_windows_are_warned_of_once_for_all_batches(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY | {"max_position_embeddings": 16}))
+    quantize(model.eval(), torch.randint(1, 101, (4, 24), generator=generator))
+    assert caplog.text.count("windows of 24 tokens are longer than the 16 positions") == 1

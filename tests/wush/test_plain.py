@@ -167,3 +167,18 @@ def test_a_model_with_adapters_is_refused_with_the_remedy() -> None:
 def test_plain_models_of_every_dtype_pass() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         check_plain(tiny().to(dtype))
+
+
+@pytest.mark.parametrize("place", [_offloaded, _spread, _one_on_meta])
+def test_the_original_of_a_comparison_is_plain(place: Callable[[nn.Module], nn.Module]) -> None:
+    model = place(tiny())
+    model.forward = _never
+    with pytest.raises(wush.UnsupportedModelError, match=r"LlamaForCausalLM: .* (offloaded|meta)"):
+        wush.original_states(model, torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_a_model_that_others_quantized_is_no_original() -> None:
+    model = tiny()
+    _scaled(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(wush.UnsupportedModelError, match="is quantized already"):
+        wush.original_states(model, torch.zeros(1, 8, dtype=torch.long))

@@ -61,7 +61,7 @@ class Harness:
 
     def specs(self, model_type: str) -> tuple[TaskSpec, ...]:
         """The tasks for a model of this type, complete; raises `ValueError` when that is none."""
-        specs = tuple(spec for spec in self._all() if spec.applies_to(model_type))
+        specs = tuple(spec for spec in self.complete() if spec.applies_to(model_type))
         if not specs:
             raise ValueError(f"no task is for models of type {model_type}; change only and never of evaluation.tasks")
         return specs
@@ -77,7 +77,7 @@ class Harness:
             log.warning(
                 "left out, as they run code that the model writes: %s; %s", ", ".join(left_out), definitions.CODE_REMEDY
             )
-        specs = self._all() if model_type is None else self.specs(model_type)
+        specs = self.complete() if model_type is None else self.specs(model_type)
         manager = definitions.manager_of([spec.task for spec in specs], self.include)
         problems: list[str] = []
         for spec in specs:
@@ -145,7 +145,8 @@ class Harness:
         with running.logging_at(logging.ERROR):
             return loading.load(manager, definition)
 
-    def _all(self) -> tuple[TaskSpec, ...]:
+    def complete(self) -> tuple[TaskSpec, ...]:
+        """The tasks for all types of models, each with what is set here, without those that are left out."""
         return tuple(self._inherit(spec) for spec in parse(self.tasks) if not self._left_out(spec))
 
     def _generation(self, spec: TaskSpec) -> dict[str, Any]:
