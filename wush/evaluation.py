@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wush.backends import flushed_groups
+from wush.decoder import check_windows
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.lost import Lost, counting, warn
 from wush.modes import in_evaluation_mode
 from wush.progress import Progress, Silent
-from wush.texts import Batch, batches
+from wush.texts import PAD, Batch, batches
 from wush.transforms import apply_blocks
 
 log = logging.getLogger(__name__)
@@ -65,9 +66,13 @@ def original_states(
 ) -> Tensor:
     """What the LM head is fed for each of the windows `(W, M)`: `(W, M, D)` on the CPU, in the model's dtype.
 
-    Behind the end of a shorter window, which is filled with `wush.texts.PAD`, the states are zero.
+    Behind the end of a shorter window, which is filled with `wush.texts.PAD`, the states are zero. Raises `ValueError`
+    for windows that the model has no embedding or no position for.
     """
+    if not len(windows):
+        raise ValueError("no windows to evaluate on; pass token ids (W, M)")
     head, device = _lm_head(model), _device(model)
+    check_windows(model, windows.where(windows != PAD, windows[:, :1]), "evaluation")
     seen: list[Tensor] = []
     found: Tensor | None = None
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].cpu()))
@@ -80,8 +85,7 @@ def original_states(
             found[batch.rows, : batch.ids.shape[1]] = states
     finally:
         handle.remove()
-    if found is None:
-        raise ValueError("no windows to evaluate on; pass token ids (W, M)")
+    assert found is not None
     if not found.isfinite().all():
         raise NumericError("the original model's last hidden states are not finite; its weights are damaged")
     return found
