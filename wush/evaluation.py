@@ -21,8 +21,9 @@ from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.lost import Lost, counting, warn
 from wush.modes import in_evaluation_mode
+from wush.plain import check_plain
 from wush.progress import Progress, Silent
-from wush.texts import PAD, Batch, batches
+from wush.texts import Batch, batches
 from wush.transforms import apply_blocks
 
 log = logging.getLogger(__name__)
@@ -66,13 +67,13 @@ def original_states(
 ) -> Tensor:
     """What the LM head is fed for each of the windows `(W, M)`: `(W, M, D)` on the CPU, in the model's dtype.
 
-    Behind the end of a shorter window, which is filled with `wush.texts.PAD`, the states are zero. Raises `ValueError`
-    for windows that the model has no embedding or no position for.
+    Behind the end of a shorter window, which is filled with `wush.texts.PAD`, the states are zero. Raises, before
+    anything runs, `UnsupportedModelError` for a model that others quantized or offloaded, and `ValueError` for windows
+    that the model has no tokens or positions for.
     """
-    if not len(windows):
-        raise ValueError("no windows to evaluate on; pass token ids (W, M)")
+    check_plain(model)
+    _check_windows(model, windows)
     head, device = _lm_head(model), _device(model)
-    check_windows(model, windows.where(windows != PAD, windows[:, :1]), "evaluation")
     seen: list[Tensor] = []
     found: Tensor | None = None
     handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].cpu()))
@@ -108,6 +109,7 @@ def evaluate(
     `NumericError` for other logits that are not finite, which names whose they are and where they come from. Warns of
     activations that a format's window lost, or that lost bits as FP8.
     """
+    _check_windows(model, windows)
     flushed = flushed_groups(_device(model))
     sums: list[_Window | None] = [None] * len(windows)
     with counting(model) as count:
@@ -268,6 +270,12 @@ def _lm_head(model: nn.Module) -> nn.Module:
     if head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no LM head; load it with AutoModelForCausalLM")
     return head
+
+
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
+    if not len(windows):
+        raise ValueError("no windows to evaluate on; pass token ids (W, M)")
+    check_windows(model, [batch.ids for batch in batches(windows, len(windows))], "evaluation")
 
 
 def _tracked(windows: Tensor, size: int, what: str, progress: Progress | None) -> Iterator[Batch]:
