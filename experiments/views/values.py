@@ -1,6 +1,7 @@
 """What a trial came to, or the mean of those that differ by seed, each with its 95% interval; and how that is written.
 
-Of a single trial the interval is over evaluated windows, or a task's documents; of several it is over seeds.
+Of a single trial the interval is over evaluated windows, or a task's documents; of several it is over seeds. Seeds that
+change nothing, such as the calibration's where nothing reads it, are a single trial: a spread of zero says nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ class Value:
 def measured(results: Sequence[Result], metric: Metric, over_windows: bool = True) -> Value:
     """A metric of a trial, or of several that differ by seed; `over_windows` False: a single one has no interval."""
     values = [_OF[metric](result.metrics) for result in results]
-    if len(values) > 1:
+    if _vary(values):
         return Value(fmean(values), intervals.of_runs(values))
     one = results[0]
     known = over_windows and one.windows is not None and (one.quantized or metric == "perplexity")
@@ -57,9 +58,13 @@ def measured_task(results: Sequence[Result], column: str, over_documents: bool =
     scores = [score for result in results if (score := task_score(result, column)) is not None]
     if len(scores) < len(results):
         return None
-    if len(scores) > 1:
+    if _vary(scores):
         return Value(fmean(scores), intervals.of_runs(scores))
     return Value(scores[0], _of_documents(results[0], column) if over_documents else None)
+
+
+def _vary(values: Sequence[float]) -> bool:
+    return any(abs(value - values[0]) > 1e-12 * abs(values[0]) for value in values[1:])
 
 
 def _of_documents(result: Result, column: str) -> Interval | None:
