@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from experiments.records import Metrics, Result
+from experiments.records import Metrics, Record, Result
 from experiments.views.selection import MEAN_OF_TASKS, task_score
 from wush import intervals
 from wush.intervals import Interval, Metric
@@ -79,3 +79,25 @@ def _of_documents(result: Result, column: str) -> Interval | None:
 def share_told(metrics: Metrics) -> str:
     """The share of weights that is quantized, as `96.4%`, rounded down; empty when all are or the model is not."""
     return f"{int(1000 * metrics.quantized_share + 1e-9) / 10:g}%" if 0 < metrics.quantized_share < 1 else ""
+
+
+def facts(record: Record) -> dict[str, str]:
+    """What a finished trial measured, with intervals, and what these numbers are of."""
+    result = Result.of(record)
+
+    def told(metric: Metric, digits: int, scale: float = 1.0) -> str:
+        return measured([result], metric).scaled(scale).told(f"{{:.{digits}f}}".format)
+
+    metrics, windows = record.metrics, len(record.windows.kl) if record.windows else None
+    share = share_told(metrics)
+    lost = {text: sum(one.clipped + one.flushed for one in own.values()) for text, own in record.lost.items()}
+    return {
+        "KL": f"{told('kl', 4)} nats",
+        "Perplexity": f"{told('perplexity', 4)}, original {metrics.perplexity_original:.4f}",
+        "Top-1": f"{told('top1', 2, 100)}%",
+        "Measured": f"{metrics.predictions:,} predictions" + (f" in {windows:,} windows" if windows else ""),
+        "Bits/weight": f"{metrics.bits_per_weight:.3f}" + (f", {share} of the weights quantized" if share else ""),
+        **({"Original": record.model_note} if record.model_note else {}),
+        **{f"Lost, {text}": f"{count:,} groups outside the format's window" for text, count in lost.items() if count},
+        "Method": f"version {record.method_version}" + (" (old)" if result.old else ""),
+    }
