@@ -18,7 +18,7 @@ NEUTRAL = ("tracking", "device", "kernels", "keep_operands", "progress", "result
 # Of a text: the windows run at a time. Every sum over windows is made window by window, so this changes no result.
 NEUTRAL_OF_TEXT = ("batch_size",)
 # Of a text: which windows are cut and how they are run, not what the text is.
-WINDOWS = ("windows", "window_length", "batch_size", "seed")
+WINDOWS = ("windows", "window_length", "batch_size", "seed", "bos")
 TEXTS = ("calibration", "evaluation")
 # What an unquantized baseline does not use.
 UNUSED_BY_BASELINE = ("transform", "algorithm", "calibration", "quantize", "measure")

@@ -162,15 +162,12 @@ class _Windows(_Built):
     window_length: int = Field(ge=2)
     batch_size: PositiveInt
     seed: NonNegativeInt | None
+    bos: Literal["first", "every"]
 
 
 class EmbeddedText(_Windows):
     target: Literal["wush.texts.EmbeddedText"] = Field(alias="_target_")
-    part: Literal["calibration", "evaluation"]
-
-
-class EmbeddedCode(_Windows):
-    target: Literal["wush.texts.EmbeddedCode"] = Field(alias="_target_")
+    part: Literal["calibration", "evaluation", "validation", "held_out", "code"]
 
 
 class TextFile(_Windows):
@@ -179,18 +176,21 @@ class TextFile(_Windows):
 
 
 class HubText(_Windows):
-    target: Literal["wush.hub.HubText"] = Field(alias="_target_")
+    target: Literal["wush.hub.hub_text"] = Field(alias="_target_")
     dataset: str = Field(min_length=1)
     name: str | None
     revision: str | None
     split: str = Field(min_length=1)
+    files: list[str] | None = Field(min_length=1)
     layout: Literal["text", "messages", "turns", "exchange"]
     columns: list[str] = Field(min_length=1)
     read: Literal["joined", "shuffled", "streamed"]
+    buffer: PositiveInt | None
     part: Literal["calibration", "evaluation"] | None
+    cut: Literal["packed", "crops", "each"]
 
 
-Text = Annotated[EmbeddedText | EmbeddedCode | TextFile | HubText, Field(discriminator="target")]
+Text = Annotated[EmbeddedText | TextFile | HubText, Field(discriminator="target")]
 
 
 class Task(_Strict):
@@ -224,7 +224,7 @@ class Harness(_Built):
     allow_code_execution: bool
 
 
-Evaluation = Annotated[EmbeddedText | EmbeddedCode | TextFile | HubText | Harness, Field(discriminator="target")]
+Evaluation = Annotated[EmbeddedText | TextFile | HubText | Harness, Field(discriminator="target")]
 
 
 # --- tracking
@@ -250,7 +250,11 @@ Tracking = Annotated[NoTracking | Wandb, Field(discriminator="target")]
 class Quantize(_Strict):
     exclude: list[str]
     blocks: list[NonNegativeInt] | None
-    layer_loss: bool
+
+
+class Measure(_Strict):
+    layer_loss: Literal["calibration", "held_out"] | None
+    windows: PositiveInt | None
 
 
 def _device(value: str) -> str:
@@ -278,6 +282,7 @@ class TrialConfig(_Strict):
     calibration: Text
     evaluation: Evaluation
     quantize: Quantize
+    measure: Measure
     seed: NonNegativeInt
     tracking: Tracking
     device: Annotated[str, AfterValidator(_device)]

@@ -25,10 +25,14 @@ SPAN = 8
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized weight `(O, I)` and the transform, `(N, G, G)` or `(G, G)`, of its inputs; None is identity."""
+    """A quantized weight `(O, I)` and the transform, `(N, G, G)` or `(G, G)`, of its inputs; None is identity.
+
+    `input_scale`: the global scale of its inputs where it is calibrated; None is the format's own.
+    """
 
     quantized: Quantized
     transform: Tensor | None
+    input_scale: float | None = None
 
 
 class Algorithm(ABC):

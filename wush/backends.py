@@ -42,7 +42,7 @@ TENSOR_CORES_BF16 = (8, 0)
 # The formats that kernels know; any other is computed by PyTorch.
 BUILT_IN: dict[tuple[str, str], Format] = {
     (fmt.name, fmt.scale_rule): fmt
-    for fmt in (MXFP4, Mxfp4("ocp"), NVFP4, Nvfp4("calibrated"), INT4, Int4("absmax"), MXFP8)
+    for fmt in (MXFP4, Mxfp4("ocp"), NVFP4, Nvfp4("calibrated"), INT4, Int4("midrise"), Int4("absmax"), MXFP8)
 }
 _told: set[str] = set()
 
@@ -185,7 +185,8 @@ def linear(x: Tensor, weight: Weight, settings: Settings = DEFAULT) -> Tensor:
     if _known(fmt):
         return torch.ops.wush.linear(
             x, weight.packed, bits_of(weight.scales), weight.transform, weight.bias, fmt.name, fmt.scale_rule,
-            weight.global_scale, settings.kernels, settings.keep_operands, settings.fast_accumulation,
+            weight.global_scale, weight.input_scale, settings.kernels, settings.keep_operands,
+            settings.fast_accumulation,
         )  # fmt: skip
     return torch_product(x, weight, Operands(), How("torch"))
 
@@ -204,12 +205,13 @@ def _linear(
     name: str,
     scale_rule: str,
     global_scale: float,
+    input_scale: float,
     kernels: str,
     keep: bool,
     fast: bool,
 ) -> Tensor:
     fmt = BUILT_IN[name, scale_rule]
-    weight = Weight(fmt, packed, scales.view(fmt.scale_dtype), global_scale, transform, bias)
+    weight = Weight(fmt, packed, scales.view(fmt.scale_dtype), global_scale, input_scale, transform, bias)
     return _run(x, weight, Settings(kernels, keep, fast))  # type: ignore[arg-type]
 
 
@@ -223,6 +225,7 @@ def _(
     name: str,
     scale_rule: str,
     global_scale: float,
+    input_scale: float,
     kernels: str,
     keep: bool,
     fast: bool,

@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 ATTEMPTS = 3  # each with what the clients try again themselves
 WAIT = 5.0  # seconds before the second attempt; then twice as long each time
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+FILE_KINDS = ("parquet", "json")  # as `datasets` names what reads them; the latter reads JSON lines, compressed too
 # Of a saved tokenizer's config: where it was loaded from, which changes no token.
 LOADED_FROM = ("name_or_path", "is_local", "local_files_only")
 
@@ -50,38 +52,67 @@ def commit(dataset: str, revision: str | None) -> str:
     return retried(dataset, find)
 
 
-def rows(dataset: str, name: str | None, revision: str | None, split: str, streamed: bool) -> Any:
-    """One split of a dataset, a `datasets.Dataset` or, streamed, an `IterableDataset`, at the revision's commit.
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a dataset at a revision: those of a configuration's (`name`) split, or of `files` where given."""
+
+    dataset: str
+    name: str | None
+    revision: str | None
+    split: str
+    files: Sequence[str] | None
+
+
+def rows(of: Rows, streamed: bool) -> Any:
+    """Rows of a dataset, a `datasets.Dataset` or, streamed, an `IterableDataset`, at the revision's commit.
 
     Raises `ValueError`, with the remedy, when it is not to be had; what reading a stream raises is for `explained`.
     """
     from datasets import disable_progress_bars
 
     disable_progress_bars()  # they would break the trial's own
-    wanted = commit(dataset, revision)
-    return retried(dataset, lambda: _load(dataset, name, wanted, split, streamed))
+    wanted = commit(of.dataset, of.revision)
+    load = _load if of.files is None else _load_files
+    return retried(of.dataset, lambda: load(of, wanted, streamed))
 
 
-def _load(dataset: str, name: str | None, wanted: str, split: str, streamed: bool) -> Any:
+def _load_files(of: Rows, wanted: str, streamed: bool) -> Any:
+    """Downloaded as files and read from there: `datasets` does not find again without network what it took in part."""
+    from datasets import load_dataset
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    assert of.files is not None
+    kinds = {next((kind for kind in FILE_KINDS if f".{kind}" in Path(file).name), None) for file in of.files}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(f"dataset {of.dataset}, files={list(of.files)}: give files of one kind, JSON lines or Parquet")
+    try:
+        paths = [hf_hub_download(of.dataset, file, repo_type="dataset", revision=wanted) for file in of.files]
+    except RemoteEntryNotFoundError as error:
+        raise ValueError(f"dataset {of.dataset}, files={list(of.files)}: {reason(error)}; check their paths") from error
+    return load_dataset(kinds.pop(), data_files=paths, split="train", streaming=streamed)
+
+
+def _load(of: Rows, wanted: str, streamed: bool) -> Any:
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
     try:
-        builder = load_dataset_builder(dataset, name, revision=wanted)
+        builder = load_dataset_builder(of.dataset, of.name, revision=wanted)
     except (ValueError, DatasetsError) as error:  # no such configuration or files, or none that can be seen from here
         if _of_network(error) is not None:
             raise
         kind = ConnectionError if _offline() else ValueError
-        raise kind(f"dataset {dataset}, name={name}: {error}") from error
+        raise kind(f"dataset {of.dataset}, name={of.name}: {error}") from error
     if builder.hash != wanted:  # `datasets` takes any version that it has when the hub does not answer
         raise ConnectionError(f"only commit {builder.hash} is on this machine, and {wanted} is asked for")
     try:
         if streamed:
-            return builder.as_streaming_dataset(split)
+            return builder.as_streaming_dataset(of.split)
         builder.download_and_prepare()
-        return builder.as_dataset(split)
+        return builder.as_dataset(of.split)
     except ValueError as error:
-        raise ValueError(f"dataset {dataset}, split={split}: {error}") from error
+        raise ValueError(f"dataset {of.dataset}, split={of.split}: {error}") from error
 
 
 def retried(dataset: str, action: Callable[[], T]) -> T:

@@ -66,7 +66,7 @@ E4M3 = Element(
     lambda codes: codes.view(torch.float8_e4m3fn).float(),
 )
 
-# The paper's integers: cells [k, k + 1) with their midpoints k + 1/2, k = -8..7.
+# The paper's integers, midrise (equation 60): cells [k, k + 1) with their midpoints k + 1/2, k = -8..7.
 INT4_MIDPOINT = Element(
     "int4_midpoint",
     4,

@@ -45,7 +45,7 @@ def join(block: nn.Module, names: Sequence[str]) -> None:
 def _why_not(layers: Sequence[QuantLinear]) -> str:
     """Why layers cannot run as one; empty when they can."""
     first = layers[0]
-    for what in ("format", "in_features", "global_scale"):
+    for what in ("format", "in_features", "global_scale", "input_scale"):
         if any(getattr(layer, what) != getattr(first, what) for layer in layers):
             return f"their {what.replace('_', ' ')} differs"
     if any(layer.packed_weight.device != first.packed_weight.device for layer in layers):
@@ -113,7 +113,9 @@ class Joint(nn.Module):
     def weight(self) -> Weight:
         """The weight of all members, one below the other."""
         first = self.members[0]
-        return Weight(first.format, self.packed, self.scales, first.global_scale, self.transform, self.bias)
+        return Weight(
+            first.format, self.packed, self.scales, first.global_scale, first.input_scale, self.transform, self.bias
+        )
 
     def mend(self) -> None:
         """Join the members' tensors anew if they were replaced, as by a move to another device.

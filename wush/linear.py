@@ -19,10 +19,10 @@ class QuantLinear(nn.Module):
     """`y = Q(T x) W_q^T + bias`, the drop-in replacement of an `nn.Linear` (method: a transformed linear layer).
 
     Buffers: `packed_weight` `(O, I * bits / 8)` uint8; `scales` `(O, N)`; `transform` `(N, G, G)`, `(G, G)` or
-    None in the model's dtype; `bias` `(O,)` or None. The global scale travels with the state dict. Activations are
-    rounded to nearest in the same format; a row with NaN or infinity gives a row of NaN. `settings` say what may
-    compute it (`wush.use_kernels`); the reference is the float32 product of the dequantized operands. The result has
-    the input's dtype.
+    None in the model's dtype; `bias` `(O,)` or None. The global scales, of the weight and of the inputs, travel with
+    the state dict. Activations are rounded to nearest in the same format; a row with NaN or infinity gives a row of
+    NaN. `settings` say what may compute it (`wush.use_kernels`); the reference is the float32 product of the
+    dequantized operands. The result has the input's dtype.
     """
 
     packed_weight: Tensor
@@ -46,6 +46,7 @@ class QuantLinear(nn.Module):
         self.joint_index = 0
         self.not_joined = ""
         self.global_scale = weight.quantized.global_scale
+        self.input_scale = fmt.global_scale if weight.input_scale is None else weight.input_scale
         self.out_features, self.in_features = weight.quantized.codes.shape
         self.register_buffer("packed_weight", fmt.pack(weight.quantized.codes))
         self.register_buffer("scales", weight.quantized.scales)
@@ -58,8 +59,10 @@ class QuantLinear(nn.Module):
         cls, state: dict[str, Tensor], fmt: Format, name: str = "", settings: Settings = DEFAULT
     ) -> "QuantLinear":
         """The layer whose `state_dict` this is, on the device of its tensors."""
-        quantized = Quantized(fmt.unpack(state["packed_weight"]), state["scales"], state["_extra_state"].item())
-        return cls(QuantizedWeight(quantized, state.get("transform")), fmt, state.get("bias"), name, settings)
+        global_scale, input_scale = state["_extra_state"].tolist()
+        quantized = Quantized(fmt.unpack(state["packed_weight"]), state["scales"], global_scale)
+        weight = QuantizedWeight(quantized, state.get("transform"), input_scale)
+        return cls(weight, fmt, state.get("bias"), name, settings)
 
     def weight(self) -> Tensor:
         """The dequantized weight `(O, I)` float32, in transformed coordinates."""
@@ -68,7 +71,9 @@ class QuantLinear(nn.Module):
     @property
     def own(self) -> Weight:
         """This layer's weight, transform and bias."""
-        return Weight(self.format, self.packed_weight, self.scales, self.global_scale, self.transform, self.bias)
+        return Weight(
+            self.format, self.packed_weight, self.scales, self.global_scale, self.input_scale, self.transform, self.bias
+        )
 
     @property
     def operand_source(self) -> Weight:
@@ -109,12 +114,12 @@ class QuantLinear(nn.Module):
             self.joint.mend()
 
     def get_extra_state(self) -> Tensor:
-        """The global scale, `(1,)` float64."""
-        return torch.tensor([self.global_scale], dtype=torch.float64)
+        """The global scales of weight and inputs, `(2,)` float64."""
+        return torch.tensor([self.global_scale, self.input_scale], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the global scale from a state dict."""
-        self.global_scale = state.item()
+        """Take the global scales from a state dict."""
+        self.global_scale, self.input_scale = state.tolist()
 
     def storage_bits(self) -> int:
         """Bits stored for the weight: codes, scales and the layer's own transform."""

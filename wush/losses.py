@@ -1,19 +1,15 @@
-"""Layer losses: how far each quantized linear's outputs are from the original's, on held-out tokens and in theory.
+"""Layer losses: how far a quantized linear's outputs are from the original's, and what theory says of it.
 
-Shape legend: `O` output features, `I` input features, `N` blocks, `G` block size, `M` tokens, `D` draws.
+They are measured by `wush.measure` (`wush.measurement`).
+Shape legend: `O` output features, `I` input features, `N` blocks, `G` block size, `D` draws.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wush.decoder import BlockCalls, run_block
-from wush.errors import NumericError
-from wush.linear import QuantLinear
 from wush.moments import weight_moments
 from wush.transforms import apply_blocks, inverse
 
@@ -35,36 +31,6 @@ class LayerLoss:
     paper_fp: float
     paper_int: float
     bound: float
-
-
-def layer_losses(
-    block: nn.Module,
-    index: int,
-    originals: Mapping[str, nn.Linear],
-    moments: Mapping[str, Tensor],
-    calls: Sequence[BlockCalls],
-    device: torch.device,
-) -> dict[str, LayerLoss]:
-    """The losses of the `QuantLinear`s of a decoder block, by name; none for one that no token of `calls` reaches.
-
-    `originals`: the linears they replace; `moments`: `M_X` `(N, G, G)` of each. Raises `NumericError` that names a
-    layer whose output is not finite.
-    """
-    with _compared(block, originals, device) as measured:
-        for call in calls:
-            run_block(block, call.hidden.to(device), call.arguments[index])
-    losses = {}
-    for name, sums in measured.items():
-        if not sums.outputs:
-            continue
-        layer = block.get_submodule(name)
-        assert isinstance(layer, QuantLinear)
-        expected = theory(originals[name].weight, layer.transform, moments[name], layer.name)
-        error, power, *predicted = torch.cat([sums.squares, expected]).tolist()
-        if not error < float("inf"):
-            raise NumericError(f"{layer.name}: its output on held-out tokens is not finite")
-        losses[name] = LayerLoss(error / sums.outputs, share(error, power), *predicted)
-    return losses
 
 
 def theory(weight_oi: Tensor, transform: Tensor | None, moments_ngg: Tensor, what: str = "layer") -> Tensor:
@@ -115,44 +81,3 @@ def _normals_on(device: torch.device, size: int) -> Tensor:
 def share(error: float, power: float) -> float:
     """A sum of squared errors relative to that of the exact values, which may all be zero."""
     return error / power if power else float(error > 0)
-
-
-@dataclass
-class _Sums:
-    """Of one linear: its squared errors and its squared exact outputs without bias, `(2,)`, and how many there were."""
-
-    device: torch.device
-    outputs: int = 0
-    squares: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-
-    def add(self, output: Tensor, exact: Tensor, bias: Tensor | None) -> None:
-        product = exact.float() if bias is None else exact.float() - bias.float()
-        pair = (output.float() - exact.float(), product)
-        self.squares += torch.stack([values.square().sum(dtype=torch.float64) for values in pair])
-        self.outputs += exact.numel()
-
-
-@contextmanager
-def _compared(block: nn.Module, originals: Mapping[str, nn.Linear], device: torch.device) -> Iterator[dict[str, _Sums]]:
-    """While open, each quantized linear is compared with its original, and hands on the original's output."""
-    measured = {name: _Sums(device) for name in originals}
-
-    def compare(name: str, x: Tensor, output: Tensor) -> Tensor:
-        exact = originals[name](x)
-        measured[name].add(output, exact, originals[name].bias)
-        return exact
-
-    handles = [
-        block.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: compare(name, args[0], output)
-        )
-        for name in originals
-    ]
-    try:
-        yield measured
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,7 +5,7 @@ scales. Shape legend: `O` output features, `I` input features, `N` groups, `M` t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,19 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weight:
-    """A layer's packed codes `(O, I * bits / 8)`, scales `(O, N)`, the transform of its inputs and its bias `(O,)`."""
+    """A layer's packed codes `(O, I * bits / 8)`, scales `(O, N)`, the transform of its inputs and its bias `(O,)`.
+
+    `global_scale` is the weight's, `input_scale` that of its inputs.
+    """
 
     format: Format
     packed: Tensor
     scales: Tensor
     global_scale: float
+    input_scale: float
     transform: Tensor | None
     bias: Tensor | None
 
     @property
     def alpha(self) -> float:
         """The product of both sides' global scales."""
-        return self.format.global_scale * self.global_scale
+        return self.input_scale * self.global_scale
 
     def values(self) -> Tensor:
         """The dequantized weight `(O, I)` float32, in transformed coordinates."""
@@ -126,7 +130,7 @@ def operands_of(weight: Weight) -> Operands:
 
     Scales are changed together with codes, or replaced: in compiled code they are a view with a version of its own.
     """
-    made_of = (_version(weight.packed), weight.scales.data_ptr(), weight.global_scale)
+    made_of = (_version(weight.packed), weight.scales.data_ptr(), weight.global_scale, weight.input_scale)
     found = cast("tuple[Any, Operands] | None", _operands.get(weight.packed))
     if found is None or found[0] != made_of:
         found = (made_of, Operands())
@@ -144,14 +148,16 @@ def _version(tensor: Tensor) -> int:
 def torch_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tensor:
     """Float32 product of the dequantized operands: with `quantizer="torch"` the reference of all others."""
     if how.quantizer == "torch":
-        values = weight.format.round_trip(_transformed(x, weight), checked=False)
+        values = weight.format.round_trip(
+            transformed(x, weight.transform), global_scale=weight.input_scale, checked=False
+        )
         matrix = operands.get("values", weight.values, how.keep and not x.is_cuda)
     else:
         from wush_kernels.dequantize import dequantize
         from wush_kernels.quantize import quantize
 
-        packed, scales = quantize(x, weight.format, weight.transform)
-        values = dequantize(packed, scales, weight.format)
+        packed, scales = quantize(x, weight.format, weight.transform, weight.input_scale)
+        values = dequantize(packed, scales, weight.format, weight.input_scale)
         matrix = dequantize(weight.packed, weight.scales, weight.format, weight.global_scale)
     product = F.linear(values, matrix)
     if weight.bias is not None:
@@ -175,7 +181,7 @@ def packed_half_product(x: Tensor, weight: Weight, operands: Operands, how: How)
     from wush_kernels.half_operand import half_operand
     from wush_kernels.matmul_half import matmul_half
 
-    a = half_operand(x, weight.format, weight.transform, torch.float16)
+    a = half_operand(x, weight.format, weight.transform, torch.float16, weight.input_scale)
     scales = operands.get("scale words", lambda: words(bits_of(weight.scales)))
     return matmul_half(a, weight.packed, scales, weight.alpha, weight.bias, x.dtype)
 
@@ -213,13 +219,13 @@ def half_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Ten
     """Exact BF16 operands by cuBLAS; any format whose values are BF16 numbers."""
     fmt = weight.format
     if how.quantizer == "torch":
-        a = _half(_transformed(x, weight), fmt)
+        a = _half(transformed(x, weight.transform), weight)
         copy = operands.get("half, natural order", lambda: _natural_half_weight(weight), how.keep)
     else:
         from wush_kernels.dequantize import half_weight
         from wush_kernels.half_operand import half_operand
 
-        a = half_operand(x, fmt, weight.transform)
+        a = half_operand(x, fmt, weight.transform, global_scale=weight.input_scale)
         copy = operands.get("half", lambda: half_weight(weight.packed, weight.scales, fmt), how.keep)
     bias = weight.bias
     if x.dtype == torch.bfloat16 and x.is_cuda and (bias is None or bias.dtype == x.dtype):
@@ -235,7 +241,7 @@ def dot_scaled_product(x: Tensor, weight: Weight, operands: Operands, how: How) 
     from wush_kernels.matmul_blackwell import matmul_dot_scaled
     from wush_kernels.quantize import quantize
 
-    codes, scales = quantize(x, weight.format, weight.transform)
+    codes, scales = quantize(x, weight.format, weight.transform, weight.input_scale)
     return matmul_dot_scaled(
         codes, scales, weight.packed, weight.scales, weight.format, weight.alpha, weight.bias, x.dtype
     )
@@ -246,7 +252,7 @@ def fp4_product(x: Tensor, weight: Weight, operands: Operands, how: How) -> Tens
     from wush_kernels.matmul_blackwell import swizzle_scales
     from wush_kernels.quantize import quantize
 
-    codes, scales = quantize(x, weight.format, weight.transform)
+    codes, scales = quantize(x, weight.format, weight.transform, weight.input_scale)
     w_scales = operands.get("swizzled scales", lambda: swizzle_scales(weight.scales))
     product = scaled_fp4(codes, swizzle_scales(scales), weight.packed, w_scales, weight.format).mul_(weight.alpha)
     return (product if weight.bias is None else product + weight.bias).to(x.dtype)
@@ -269,18 +275,20 @@ def scaled_fp4(a: Tensor, a_scales: Tensor, weight: Tensor, w_scales: Tensor, fm
     )
 
 
-def _transformed(x: Tensor, weight: Weight) -> Tensor:
-    return x.float() if weight.transform is None else apply_blocks(x.float(), weight.transform.float())
+def transformed(x: Tensor, transform: Tensor | None) -> Tensor:
+    """`T x` in float32, for x `(..., I)`; None is the identity."""
+    return x.float() if transform is None else apply_blocks(x.float(), transform.float())
 
 
-def _half(x: Tensor, fmt: Format) -> Tensor:
+def _half(x: Tensor, weight: Weight) -> Tensor:
     """`Q(x) / g` in BF16, natural order."""
-    scales = fmt.find_scales(x, checked=False)
-    return fmt.expand(fmt.snap(fmt.groups(x), scales, fmt.global_scale), scales, 1.0).flatten(-2).bfloat16()
+    fmt, g = weight.format, weight.input_scale
+    scales = fmt.find_scales(x, global_scale=g, checked=False)
+    return fmt.expand(fmt.snap(fmt.groups(x), scales, g), scales, 1.0).flatten(-2).bfloat16()
 
 
 def _natural_half_weight(weight: Weight) -> Tensor:
-    return Weight(weight.format, weight.packed, weight.scales, 1.0, None, None).values().bfloat16()
+    return replace(weight, global_scale=1.0).values().bfloat16()
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Weight, Operands, How], Tensor]] = {

@@ -5,7 +5,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from wush.losses import LayerLoss
+from wush.lost import Lost
+
+# Bits of a weight that is not quantized, whatever dtype the model was loaded in.
+WHOLE = 16
 
 
 @dataclass(frozen=True)
@@ -13,19 +16,22 @@ class LayerReport:
     """One quantized linear: its name within the block, the linears it shared its input with, and its storage.
 
     A transform that linears share is counted once, each linear having its part of it by its number of weights.
-    `loss`: where it was measured, on held-out tokens.
+    `lost`: what the format's window lost of its inputs on the calibration tokens, if anything.
     """
 
     name: str
     shared_input: tuple[str, ...]
     bits_per_weight: float
     weights: int
-    loss: LayerLoss | None = None
+    lost: Lost | None = None
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One decoder block: mean squared output error against the original block, absolute and relative."""
+    """One decoder block: mean squared output error against the original block, absolute and relative.
+
+    It is that on the calibration tokens; `wush.measure` measures it on others.
+    """
 
     index: int
     name: str
@@ -37,16 +43,38 @@ class BlockReport:
 
 @dataclass
 class QuantizationReport:
-    """What `quantize` did, block by block; `skipped` are what was left as it was, with the reason."""
+    """What `quantize` did, block by block; `skipped` are what was left as it was, with the reason.
+
+    `weights`: how many numbers all weights of the decoder blocks have, two-dimensional ones and stacks of experts.
+    """
 
     blocks: list[BlockReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    weights: int = 0
 
     @property
     def bits_per_weight(self) -> float:
-        """Average over all quantized weights: codes, scales and transforms counted."""
-        layers = [layer for block in self.blocks for layer in block.layers]
-        return sum(layer.bits_per_weight * layer.weights for layer in layers) / sum(layer.weights for layer in layers)
+        """Average over all weights of the decoder blocks: codes, scales and transforms counted, 16 for one left whole."""
+        stored = sum(layer.bits_per_weight * layer.weights for layer in self._layers)
+        return (stored + WHOLE * (self.weights - self._quantized)) / self.weights
+
+    @property
+    def quantized_share(self) -> float:
+        """The share of the decoder blocks' weights that is quantized."""
+        return self._quantized / self.weights
+
+    @property
+    def _layers(self) -> list[LayerReport]:
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def _quantized(self) -> int:
+        return sum(layer.weights for layer in self._layers)
+
+    @property
+    def lost(self) -> dict[str, Lost]:
+        """Of the layers, by full name, that lost groups of their inputs on the calibration tokens."""
+        return {f"{block.name}.{one.name}": one.lost for block in self.blocks for one in block.layers if one.lost}
 
 
 class SavedBlocks(Protocol):

@@ -1,9 +1,9 @@
 """The walk through a model: each decoder block is calibrated, quantized and left behind (method: a model)."""
 
-import fnmatch
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,15 +11,29 @@ from torch import Tensor, nn
 
 from wush.algorithms import Algorithm, QuantizedWeight
 from wush.backends import DEFAULT, Settings
-from wush.decoder import BlockCalls, find_blocks, linear_inputs, linears, record_calls, run_block
+from wush.decoder import (
+    BlockCalls,
+    calls_of,
+    check_windows,
+    follow,
+    linear_inputs,
+    linears,
+    record_calls,
+    run_block,
+)
 from wush.device import without_waiting
 from wush.errors import NumericError, UnsupportedModelError
-from wush.formats import Format, check_groups
+from wush.formats import Format
 from wush.linear import QuantLinear
-from wush.losses import layer_losses, share
+from wush.losses import share
+from wush.lost import counting, warn
+from wush.modes import in_evaluation_mode
 from wush.moments import SecondMoment
+from wush.operands import transformed
 from wush.progress import Progress, Silent
 from wush.reports import BlockReport, LayerReport, QuantizationReport, SavedBlocks
+from wush.saving import refuse_saving
+from wush.survey import survey
 from wush.transforms import Transform
 
 log = logging.getLogger(__name__)
@@ -35,16 +49,12 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Work:
-    """What every block of a walk is quantized with.
-
-    `calls`, of calibration batches, and `held_out` hold the hidden states that the next block is fed.
-    """
+    """What every block of a walk is quantized with; `calls` of batches hold the hidden states of the next block."""
 
     format: Format
     transform: Transform
     algorithm: Algorithm
     calls: list[BlockCalls]
-    held_out: list[BlockCalls]
     saved: SavedBlocks | None
     progress: Progress
     settings: Settings
@@ -55,6 +65,7 @@ class _Work:
         return SecondMoment(x.shape[-1], x.device, name, size, keep_peaks=self.transform.needs_peaks)
 
 
+@in_evaluation_mode
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -65,7 +76,6 @@ def quantize(
     algorithm: Algorithm,
     exclude: Sequence[str] = (),
     blocks: Sequence[int] | None = None,
-    held_out: Sequence[Tensor] | None = None,
     report: QuantizationReport | None = None,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
@@ -75,29 +85,25 @@ def quantize(
     """Replace the linears of every decoder block by `QuantLinear`s, in place; the same model.
 
     `batches`: calibration token ids `(B, M)`. `exclude`: patterns of full linear names to leave as they are, such
-    as `*.down_proj`. `blocks`: the decoder blocks to quantize, counted from 0, or all. `held_out`: batches on which the
-    `LayerLoss` of every linear is measured. `report` is filled in with each block as it is done, and `on_block` called.
-    Blocks that `saved` has are restored, and each new one is given to it: the result is the same, bit for bit.
-    `settings`: what quantized layers may run on. Raises, before any work, `ValueError` for a layer that does not fit
-    the format, a pattern that excludes nothing or a block that is not there; `UnsupportedModelError`; `NumericError`
-    that names the layer.
+    as `*.down_proj`. `blocks`: the decoder blocks to quantize, counted from 0, or all. `report` is filled in with each
+    block as it is done, and `on_block` called. Blocks that `saved` has are restored, and each new one is given to it:
+    the result is the same, bit for bit. `settings`: what quantized layers may run on. The model is in evaluation mode
+    meanwhile. Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes
+    nothing or a block that is not there; `UnsupportedModelError`; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already; load the original again")
-    blocks_name, decoder_blocks = find_blocks(model)
     report = QuantizationReport() if report is None else report
-    _check_excludes(exclude, blocks_name, decoder_blocks)
-    indices = _select(blocks, blocks_name, len(decoder_blocks), report)
-    chosen = {index: _choose(f"{blocks_name}.{index}", decoder_blocks[index], exclude, report) for index in indices}
-    _check_layers(blocks_name, decoder_blocks, chosen, format)
+    surveyed = survey(model, format, exclude, blocks, report)
+    blocks_name, decoder_blocks, chosen = surveyed.name, surveyed.blocks, surveyed.chosen
     calls = _record_batches(model, decoder_blocks, batches, "calibration", progress)
-    held = [] if held_out is None else _record_batches(model, decoder_blocks, held_out, "held-out", progress)
-    work = _Work(format, transform, algorithm, calls, held, saved, progress, settings)
-    walked = list(decoder_blocks)[: indices[-1] + 1]
+    work = _Work(format, transform, algorithm, calls, saved, progress, settings)
+    walked = list(decoder_blocks)[: max(chosen) + 1]
+    refuse_saving(model)
     for index, block in progress.track(enumerate(walked), "decoder blocks", len(walked)):
         if index not in chosen:
-            _pass_on(block, index, [*calls, *held], next(block.parameters()).device)
+            _pass_on(block, index, calls, next(block.parameters()).device)
             continue
         which = f"{blocks_name}.{index}", block, index, chosen[index]
         done = _restore(*which, work) or _quantize_block(*which, work)
@@ -107,6 +113,7 @@ def quantize(
             on_block(done)
     if not any(block.layers for block in report.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
+    warn(report.lost, format, "calibration")
     return model
 
 
@@ -115,38 +122,18 @@ def _quantize_block(name: str, block: nn.Module, index: int, names: list[str], w
     started = time.perf_counter()
     device = next(block.parameters()).device
     groups, outputs = _calibrate(name, block, index, names, work, device)
-    originals = linears(block)
-    layers = _quantize_layers(name, block, originals, groups, work, device)
-    if work.held_out:
-        layers = _with_losses(name, block, index, originals, groups, layers, work, device)
+    layers = _quantize_layers(name, block, index, groups, work, device)
     work.progress.detail(f"{name} output error")
-    mse, relative = _advance(block, work.calls, index, outputs, device)
+    with _all_used(name, block, layers), counting(block) as count:
+        mse, relative = _advance(block, work.calls, index, outputs, device)
+    lost = count.found()
+    layers = [replace(layer, lost=lost.get(layer.name)) for layer in layers]
     if not mse < float("inf"):
         raise NumericError(f"{name}: the quantized block's output is not finite")
     done = BlockReport(index, name, mse, relative, time.perf_counter() - started, tuple(layers))
     if work.saved:
         work.saved.save(done, _tensors(block))
     return done
-
-
-def _with_losses(
-    name: str,
-    block: nn.Module,
-    index: int,
-    originals: dict[str, nn.Linear],
-    groups: list[_Group],
-    layers: list[LayerReport],
-    work: _Work,
-    device: torch.device,
-) -> list[LayerReport]:
-    """The reports of a block's layers with their losses; feeds the next block's held-out tokens."""
-    work.progress.detail(f"{name} layer losses")
-    size = work.format.group_size
-    moments = {linear: group.moment.diagonal_blocks(size) for group in groups for linear in group.names}
-    replaced = {linear: originals[linear] for linear in moments}
-    losses = layer_losses(block, index, replaced, moments, work.held_out, device)
-    _pass_on(block, index, work.held_out, device)
-    return [replace(layer, loss=losses.get(layer.name)) for layer in layers]
 
 
 def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _Work) -> BlockReport | None:
@@ -159,8 +146,6 @@ def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _W
     device = next(block.parameters()).device
     if not {layer.name for layer in report.layers} <= set(names):
         raise ValueError(f"{name}: the saved block is of another model or other excludes; remove it")
-    if work.held_out and report.layers and not any(layer.loss for layer in report.layers):
-        raise ValueError(f"{name}: the saved block has no layer losses; remove it, or measure none")
     for layer in report.layers:
         own = {key.removeprefix(f"{layer.name}."): t for key, t in tensors.items() if key.startswith(f"{layer.name}.")}
         state = {key: tensor if key == "_extra_state" else tensor.to(device) for key, tensor in own.items()}
@@ -168,7 +153,7 @@ def _restore(name: str, block: nn.Module, index: int, names: list[str], work: _W
             layer.name, QuantLinear.from_state(state, work.format, f"{name}.{layer.name}", work.settings)
         )
     _join(block, {layer.shared_input for layer in report.layers}, work.transform)
-    _pass_on(block, index, [*work.calls, *work.held_out], device)
+    _pass_on(block, index, work.calls, device)
     return report
 
 
@@ -188,37 +173,6 @@ def _tensors(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _choose(name: str, block: nn.Module, exclude: Sequence[str], report: QuantizationReport) -> list[str]:
-    """The linears of a block to quantize; what is left as it is, excluded or no `nn.Linear`, goes into the report."""
-    for parameter_name, parameter in block.named_parameters():
-        owner = block.get_submodule(parameter_name.rpartition(".")[0])
-        if parameter.ndim > 1 and not isinstance(owner, nn.Linear):
-            report.skipped[f"{name}.{parameter_name}"] = f"{type(owner).__name__} is no nn.Linear"
-            log.warning("%s.%s: not quantized, %s is no nn.Linear", name, parameter_name, type(owner).__name__)
-    names = []
-    for linear in linears(block):
-        pattern = next((p for p in exclude if fnmatch.fnmatchcase(f"{name}.{linear}", p)), None)
-        if pattern is None:
-            names.append(linear)
-        else:
-            report.skipped[f"{name}.{linear}"] = f"excluded by {pattern!r}"
-    return names
-
-
-def _select(blocks: Sequence[int] | None, name: str, total: int, report: QuantizationReport) -> list[int]:
-    """The decoder blocks to quantize, in order; that the others are not goes into the report."""
-    if blocks is None:
-        return list(range(total))
-    selected = sorted(set(blocks))
-    if not selected or not 0 <= selected[0] <= selected[-1] < total:
-        raise ValueError(
-            f"quantize.blocks={list(blocks)}: choose some of the decoder blocks 0 to {total - 1} of {name}"
-        )
-    if len(selected) < total:
-        report.skipped[name] = f"all but {', '.join(map(str, selected))}, chosen by quantize.blocks"
-    return selected
-
-
 def _note_unrun(done: BlockReport, names: list[str], report: QuantizationReport) -> None:
     """Put linears that the calibration did not reach into the report."""
     for missing in sorted(set(names) - {layer.name for layer in done.layers}, key=names.index):
@@ -226,41 +180,18 @@ def _note_unrun(done: BlockReport, names: list[str], report: QuantizationReport)
         log.warning("%s.%s: not quantized, the block's forward does not run it", done.name, missing)
 
 
-def _check_layers(blocks_name: str, blocks: nn.ModuleList, chosen: Mapping[int, list[str]], fmt: Format) -> None:
-    """Refuse, with every problem listed, what would fail later: sizes and non-finite weights."""
-    problems = []
-    for index, names in chosen.items():
-        for name in names:
-            linear, what = linears(blocks[index])[name], f"{blocks_name}.{index}.{name}"
-            try:
-                check_groups(linear.in_features, fmt, what)
-            except ValueError as error:
-                problems.append(str(error))
-            if not linear.weight.isfinite().all():
-                raise NumericError(f"{what}: NaN or infinity in the weight; the checkpoint is damaged")
-    if problems:
-        raise ValueError("\n".join(problems))
-    if not any(chosen.values()):
-        raise UnsupportedModelError("every linear is excluded: nothing to quantize; use format=original for a baseline")
-
-
 def _record_batches(
     model: nn.Module, blocks: nn.ModuleList, batches: Sequence[Tensor], what: str, progress: Progress
 ) -> list[BlockCalls]:
+    """What the blocks are called with for each batch, every one of which is checked before the first runs."""
     if not len(batches):
         raise ValueError(f"no {what} batches; pass at least one tensor of token ids (B, M)")
+    for batch in batches:
+        check_windows(model, batch, what)
     device = next(blocks.parameters()).device
+    route = follow(model, blocks, batches[0].to(device))
     tracked = progress.track(batches, f"{what} batches", len(batches))
-    return [record_calls(model, blocks, batch.to(device)) for batch in tracked]
-
-
-def _check_excludes(exclude: Sequence[str], blocks_name: str, blocks: nn.ModuleList) -> None:
-    """Raise `ValueError` for patterns that match no linear, with some names that could be meant."""
-    names = [f"{blocks_name}.{i}.{linear}" for i, block in enumerate(blocks) for linear in linears(block)]
-    useless = [pattern for pattern in exclude if not fnmatch.filter(names, pattern)]
-    if useless:
-        known = ", ".join(names[: len(linears(blocks[0]))])
-        raise ValueError(f"quantize.exclude={useless} matches no linear; the first decoder block has: {known}")
+    return [record_calls(model, blocks, batch.to(device), route) for batch in tracked]
 
 
 def _calibrate(
@@ -311,14 +242,10 @@ def _groups_of(
 
 
 def _quantize_layers(
-    name: str,
-    block: nn.Module,
-    originals: dict[str, nn.Linear],
-    groups: list[_Group],
-    work: _Work,
-    device: torch.device,
+    name: str, block: nn.Module, index: int, groups: list[_Group], work: _Work, device: torch.device
 ) -> list[LayerReport]:
     """Put quantized layers in the place of a block's linears, those fed by one tensor together."""
+    originals = linears(block)
 
     def quantized(group: _Group) -> list[QuantizedWeight]:
         names = [f"{name}.{linear}" for linear in group.names]
@@ -331,6 +258,9 @@ def _quantize_layers(
             group.moment.forget()
 
     results = without_waiting(lambda: [quantized(group) for group in groups], device, forget)
+    if work.format.calibrates_inputs:
+        work.progress.detail(f"{name} ranges of inputs")
+        results = _with_input_scales(block, index, groups, results, work, device)
     layers = []
     for group, weights in zip(groups, results, strict=True):
         together = sum(originals[linear].weight.numel() for linear in group.names)
@@ -342,6 +272,54 @@ def _quantize_layers(
             layers.append(LayerReport(linear, tuple(group.names), bits, size))
     _join(block, {tuple(group.names) for group in groups}, work.transform)
     return layers
+
+
+def _with_input_scales(
+    block: nn.Module,
+    index: int,
+    groups: list[_Group],
+    results: list[list[QuantizedWeight]],
+    work: _Work,
+    device: torch.device,
+) -> list[list[QuantizedWeight]]:
+    """The weights with the global scales of their inputs, from the peaks of `T x` in the block as it still is.
+
+    It takes a pass of its own: what the inputs are is known before any `T`, and their peaks only after it.
+    """
+    names = [group.names[0] for group in groups]
+    peaks: dict[tuple[int, int], Tensor] = {}
+    for call in work.calls:
+        with linear_inputs(block, names) as seen:
+            run_block(block, call.hidden.to(device), call.arguments[index])
+        for n, (linear, weights) in enumerate(zip(names, results, strict=True)):
+            for x in seen[linear]:
+                for transform in {id(weight.transform): weight.transform for weight in weights}.values():
+                    key, peak = (n, id(transform)), transformed(x, transform).abs().amax()
+                    peaks[key] = torch.maximum(peaks[key], peak) if key in peaks else peak
+    scales = {key: work.format.input_global_scale(peak.item()) for key, peak in peaks.items()}
+    return [
+        [replace(weight, input_scale=scales[n, id(weight.transform)]) for weight in weights]
+        for n, weights in enumerate(results)
+    ]
+
+
+@contextmanager
+def _all_used(name: str, block: nn.Module, layers: Sequence[LayerReport]) -> Iterator[None]:
+    """Refuse a block that does more with its linears than call them where they are registered."""
+    with calls_of(block, [layer.name for layer in layers]) as ran:
+        try:
+            yield
+        except (AttributeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{name}: its forward needs an nn.Linear for more than to call it ({error}); leave that layer out with "
+                "quantize.exclude=[...]"
+            ) from error
+    unused = [layer.name for layer in layers if layer.name not in ran]
+    if unused:
+        raise UnsupportedModelError(
+            f"{name}: its forward goes on with the original {', '.join(unused)}, which it holds in another place (a "
+            "list, a closure); leave it out with quantize.exclude=[...]"
+        )
 
 
 def _bits_per_weight(layer: QuantLinear, own: int, sharing: int) -> float:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wush_kernels import numerics as nm
-from wush_kernels.groups import group_scales, reciprocal
+from wush_kernels.groups import group_scales, nvfp4_factors, quotient
 from wush_kernels.launch import scale_factor
 from wush_kernels.offline import Case
 from wush_kernels.spec import ELEMENTS, FormatSpec
@@ -61,7 +61,10 @@ def _kernel(
 
     scale, scale_bits = group_scales(entered.to(tl.float32)[None, :, :], scale_factor, FORMAT, RULE, G, INTERPRET)
     scale, scale_bits = tl.reshape(scale, (ROWS,)), tl.reshape(scale_bits, (ROWS,))
-    inverse_s = reciprocal(scale)
+    numerator = 1.0
+    if FORMAT == "nvfp4":
+        inverse_g, numerator = nvfp4_factors(inverse_g)
+    inverse_s = quotient(numerator, scale)
     inverse_g = tl.where(scale == 0.0, 0.0, inverse_g)
     step = scale * g
 

@@ -97,40 +97,56 @@ def _nvfp4_scale(magnitude, scale_factor, INTERPRET: tl.constexpr):
 
 @triton.jit
 def _nvfp4_units(x_brg, magnitude, inverse_g, scale_factor, INTERPRET: tl.constexpr):
-    """`x / g / s`, 0 where s = 0, and the scales `(BLOCKS, ROWS)`, float8e4nv."""
+    """`x * (1/g / s)`, 0 where s = 0, and the scales `(BLOCKS, ROWS)`, float8e4nv."""
     scale = _nvfp4_scale(magnitude, scale_factor, INTERPRET)
-    return (x_brg * inverse_g) * _e4m3_reciprocal(scale.to(tl.float32), INTERPRET)[:, :, None], scale
+    first, numerator = nvfp4_factors(inverse_g)
+    return (x_brg * first) * _e4m3_quotient(numerator, scale.to(tl.float32), INTERPRET)[:, :, None], scale
 
 
 @triton.jit
-def _e4m3_reciprocal(scale, INTERPRET: tl.constexpr):
-    """`1 / s` of E4M3 numbers, correctly rounded (a test tries them all); 0 where s = 0."""
-    if INTERPRET:  # without a fused multiplication the step below rounds twice
-        return reciprocal(scale)
+def nvfp4_factors(inverse_g):
+    """What x is multiplied by, and what is divided by its scale: 1 and `1/g`, unless the quotient could overflow."""
+    far = inverse_g > 3.32306998946229e35  # 2^118
+    return tl.where(far, inverse_g, 1.0), tl.where(far, 1.0, inverse_g)
+
+
+@triton.jit
+def _e4m3_quotient(numerator, scale, INTERPRET: tl.constexpr):
+    """`quotient` of E4M3 numbers, without a division: of the correctly rounded `1 / s` (a test tries them all).
+
+    The remainder of a quotient that is within a unit of the last place is exact, and so the last step rounds once.
+    """
+    if INTERPRET:  # without a fused multiplication the steps below round twice
+        return quotient(numerator, scale)
     else:
         guess = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], tl.float32, True, 1)
-        return tl.where(scale == 0.0, 0.0, tl.fma(guess, tl.fma(-scale, guess, 1.0), guess))
+        inverse = tl.fma(guess, tl.fma(-scale, guess, 1.0), guess)
+        near = numerator * inverse
+        return tl.where(scale == 0.0, 0.0, tl.fma(tl.fma(-scale, near, numerator), inverse, near))
 
 
 @triton.jit
-def reciprocal(scale):
-    """`1 / s`, correctly rounded, at most float32's largest number; 0 where s = 0."""
+def quotient(numerator, scale):
+    """`numerator / s`, correctly rounded, at most float32's largest number; 0 where s = 0."""
     zero = scale == 0.0
-    reciprocal = tl.minimum(tl.div_rn(1.0, tl.where(zero, 1.0, scale)), 3.4028234663852886e38)
-    return tl.where(zero, 0.0, reciprocal)
+    limited = tl.minimum(tl.div_rn(numerator, tl.where(zero, 1.0, scale)), 3.4028234663852886e38)
+    return tl.where(zero, 0.0, limited)
 
 
 @triton.jit
 def _int4_scale(x_brg, magnitude, scale_factor, G: tl.constexpr, RULE: tl.constexpr):
     """The BF16 bits (int32) of each group's scale, and its value."""
-    if RULE == "absmax":
-        wide = magnitude.to(tl.float32, bitcast=True) * scale_factor
-    else:
-        tl.static_assert(RULE == "rms", "an unknown scale rule")
+    if RULE == "rms":
         mean = tl.sum(x_brg.to(tl.float64) * x_brg.to(tl.float64), 2) / G
         wide = tl.minimum(tl.sqrt(mean) * _RMS_FACTOR, 4e37).to(tl.float32)
+    else:
+        wide = magnitude.to(tl.float32, bitcast=True) * scale_factor
     bits = wide.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # nearest even
+    if RULE == "midrise":
+        bits = (bits + 0xFFFF) >> 16  # up, so that nothing clips
+    else:
+        tl.static_assert(RULE == "absmax" or RULE == "rms", "an unknown scale rule")
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # nearest even
     return bits, (bits << 16).to(tl.float32, bitcast=True)
 
 
@@ -177,7 +193,7 @@ def group_codes(
     else:
         tl.static_assert(FORMAT == "int4", "an unknown format")
         bits, scale = _int4_scale(x_brg, magnitude, scale_factor, G, RULE)
-        units = x_brg * reciprocal(scale)[:, :, None]
+        units = x_brg * quotient(1.0, scale)[:, :, None]
         return nm.to_code(nm.snap(units, ELEMENT), ELEMENT), tl.where(finite, bits, 0x7FC0)
 
 

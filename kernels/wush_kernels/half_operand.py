@@ -42,7 +42,11 @@ def _kernel(
 
 
 def half_operand(
-    x: Tensor, fmt: FormatSpec, transform: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    x: Tensor,
+    fmt: FormatSpec,
+    transform: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    global_scale: float | None = None,
 ) -> Tensor:
     """`Q(T x) / g`, exactly, `(M, I)` in operand order: in bfloat16, or for NVFP4 `* 2^-7` in float16.
 
@@ -51,8 +55,9 @@ def half_operand(
     launch.check_input(x, fmt, transform, "half_operand")
     if (fmt.name, dtype) not in _SHIFTS:
         raise ValueError(f"half_operand: {fmt.name} values are not exact in {str(dtype).removeprefix('torch.')}")
+    g = fmt.global_scale if global_scale is None else global_scale
     rows = launch.as_rows(x)
-    return _half_operand(rows, transform, fmt.name, fmt.scale_rule, fmt.group_size, fmt.global_scale, dtype)
+    return _half_operand(rows, transform, fmt.name, fmt.scale_rule, fmt.group_size, g, dtype)
 
 
 @operator("wush::half_operand")
@@ -89,10 +94,14 @@ def _empty(
 
 
 def reference_half_operand(
-    x: Tensor, fmt: FormatSpec, transform: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    x: Tensor,
+    fmt: FormatSpec,
+    transform: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    global_scale: float | None = None,
 ) -> Tensor:
     """`half_operand` in plain PyTorch, of the codes of `reference_quantize`."""
-    codes, scales = reference_quantize(x.reshape(-1, x.shape[-1]), fmt, transform)
+    codes, scales = reference_quantize(x.reshape(-1, x.shape[-1]), fmt, transform, global_scale)
     elements = codes.view(torch.float8_e4m3fn).float() if fmt.name == "mxfp8" else reference_e2m1(codes)
     spread = scales.float().repeat_interleave(fmt.group_size, -1)
     return operand_order(elements * spread * _SHIFTS[fmt.name, dtype], fmt.group_size).to(dtype)

@@ -53,7 +53,7 @@ def scale_factor(name: str, rule: str, global_scale: float) -> float:
     """What a group's largest magnitude is multiplied by for its scale, where a format takes it from there."""
     if name == "nvfp4":
         return 1 / (6.0 * global_scale)
-    return 1 / 7 if (name, rule) == ("int4", "absmax") else 1.0
+    return {("int4", "absmax"): 1 / 7, ("int4", "midrise"): 1 / 8}.get((name, rule), 1.0)
 
 
 def offline_types(**own: str) -> dict[str, str]:

@@ -105,9 +105,13 @@ def reference_quantize(
     elif fmt.name == "nvfp4":
         scales = (amax * (1 / (6 * g))).clamp(max=448).to(torch.float8_e4m3fn)
     else:
-        scales = (amax * (1 / 7) if fmt.scale_rule == "absmax" else INT4_RMS_FACTOR * rms).bfloat16()
-    reciprocal = (1 / scales.float()).masked_fill(scales.float() == 0, 0)
-    units = x_ng * (1 / g) * reciprocal.unsqueeze(-1)
+        wide = {"absmax": amax * (1 / 7), "midrise": amax / 8, "rms": (INT4_RMS_FACTOR * rms).float()}[fmt.scale_rule]
+        scales = wide.bfloat16()
+        if fmt.scale_rule == "midrise":  # up
+            scales = torch.where(scales.float() < wide, (scales.view(torch.int16) + 1).view(torch.bfloat16), scales)
+    numerator = torch.full_like(amax, 1 / g if fmt.name == "nvfp4" else 1.0)
+    factor = (numerator / scales.float()).masked_fill(scales.float() == 0, 0).unsqueeze(-1)
+    units = (x_ng if fmt.name == "nvfp4" else x_ng * (1 / g)) * factor
     return _nearest(units, ELEMENTS[fmt.name, fmt.scale_rule]).flatten(-2), scales
 
 

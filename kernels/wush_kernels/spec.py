@@ -37,6 +37,7 @@ ELEMENTS = {
     ("nvfp4", "fixed"): "e2m1",
     ("nvfp4", "calibrated"): "e2m1",
     ("int4", "rms"): "int4_midpoint",
+    ("int4", "midrise"): "int4_midpoint",
     ("int4", "absmax"): "int4_symmetric",
     ("mxfp8", "ocp"): "e4m3",
 }

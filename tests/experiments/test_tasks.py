@@ -79,13 +79,15 @@ def test_a_task_that_is_done_is_kept_and_not_run_again_after_a_failure(tmp_path:
     assert isinstance(failed, Failure)
     assert "late: has 4 few-shot examples, and num_fewshot is 6" in failed.reason
     (kept,) = own.store.trial(own.trials[0].trial_id).glob("evaluations/task-easy.*.json")
-    seconds = json.loads(kept.read_text())["values"]["task"]["runs"][0]["seconds"]
+    (run_of_easy,) = json.loads(kept.read_text())["values"]["task"]["runs"]
     (folder / "late.json").write_text(questions(9))
     tracking = Told()
     record = run(own, tracking)
     assert isinstance(record, Record)
     assert list(record.tasks) == tracking.tasks == ["easy", "late"]
-    assert record.tasks["easy"].runs[0].seconds == seconds, "not run again"
+    assert record.tasks["easy"].runs[0].seconds == run_of_easy["seconds"], "not run again"
+    assert record.tasks["easy"].runs[0].outcomes == run_of_easy["outcomes"], "kept with each document's outcome"
+    assert [len(task.runs[0].outcomes) for task in record.tasks.values()] == [4, 9]
     assert record.attempts == 2
     assert not list(own.store.trial(record.trial_id).glob("evaluations/*")), "in the record now"
 

@@ -15,7 +15,7 @@ from wush_kernels.dequantize import (
     reference_half_weight,
 )
 
-FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4, wush.MXFP8, wush.formats.Int4("absmax"), wush.formats.Mxfp4("ocp")]
+FORMATS = [wush.MXFP4, wush.NVFP4, wush.INT4, wush.MXFP8, wush.Int4("absmax"), wush.Int4("midrise"), wush.Mxfp4("ocp")]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 

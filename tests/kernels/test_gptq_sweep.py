@@ -13,6 +13,7 @@ FORMATS = [
     wush.NVFP4,
     wush.Nvfp4("calibrated"),
     wush.INT4,
+    wush.Int4("midrise"),
     wush.Int4("absmax"),
     wush.MXFP8,
 ]

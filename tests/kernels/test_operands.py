@@ -89,6 +89,19 @@ def test_half_operands_are_the_quantized_values(
     assert torch.equal(operand, reference_half_operand(x, fmt, None, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("g", [3e-6, 0.004, 7.0])
+def test_half_operands_of_a_calibrated_global_scale_are_exact_too(
+    g: float, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    x = (torch.randn(37, 160, generator=generator) * 300 * g).to(device)
+    operand = half_operand(x, wush.NVFP4, None, dtype, g)
+    shift = 1.0 if dtype == torch.bfloat16 else 2.0**-7
+    expected = operand_order(wush.NVFP4.round_trip(x, global_scale=g) / g * shift, 16)
+    torch.testing.assert_close(operand.float(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(operand, reference_half_operand(x, wush.NVFP4, None, dtype, g))
+
+
 def test_values_that_are_not_exact_are_refused(device: torch.device) -> None:
     x = torch.ones(2, 64, device=device)
     with pytest.raises(ValueError, match="nvfp4 values are no FP8 numbers; use half_operand"):

@@ -9,7 +9,7 @@ from wush.formats import Format
 from wush.transforms import apply_blocks
 from wush_kernels.quantize import quantize, reference_quantize
 
-FORMATS = [wush.MXFP4, wush.Mxfp4("ocp"), wush.NVFP4, wush.INT4, wush.Int4("absmax"), wush.MXFP8]
+FORMATS = [wush.MXFP4, wush.Mxfp4("ocp"), wush.NVFP4, wush.INT4, wush.Int4("midrise"), wush.Int4("absmax"), wush.MXFP8]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -73,6 +73,18 @@ def test_a_calibrated_global_scale_is_used(device: torch.device, generator: torc
     expected = wush.NVFP4.quantize(x, global_scale=0.003)
     assert torch.equal(packed, wush.NVFP4.pack(expected.codes))
     assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
+
+
+@pytest.mark.parametrize("g", [0.1, 0.003, 2.0**-118, 2.0**-121])
+def test_nvfp4_ties_are_the_formats_own_at_every_scale(g: float, device: torch.device) -> None:
+    """A row for each scale: the largest value, which gives it, and what lies between two elements."""
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()[:, None]
+    ties = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -5, 4, 0.5, -3, 1, 2, 0], dtype=torch.float64)
+    x = (scales * ties * g).float().to(device)
+    packed, found = quantize(x, wush.NVFP4, global_scale=g)
+    expected = wush.NVFP4.quantize(x, global_scale=g)
+    assert torch.equal(found.view(torch.uint8), expected.scales.view(torch.uint8))
+    assert torch.equal(packed, wush.NVFP4.pack(expected.codes))
 
 
 def test_every_nvfp4_scale_has_its_exact_reciprocal(device: torch.device) -> None:

@@ -276,9 +276,48 @@ def test_an_error_names_the_linear_of_a_group_that_it_is_about(
 ) -> None:
     weights, moment = group(generator)
     weights[1] = weights[1].clone()
-    weights[1][:, 32:64] = 0
+    weights[1][:, 32:64] = torch.nan
     with pytest.raises(wush.NumericError, match=r"^k_proj weight: second moment is not positive definite"):
         algorithm.quantize_group(weights, moment, wush.Wush(), wush.MXFP4, NAMES)
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("transform", [wush.SmoothQuant, wush.Hu, wush.Wus, wush.Wush], ids=lambda t: t.name)
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.Nvfp4("calibrated"), wush.INT4], ids=lambda f: f.name)
+def test_tiles_without_signal_stop_nothing_and_stay_zero(
+    fmt: Format, transform: type[wush.Wush], share: bool, algorithm: wush.Gptq, generator: torch.Generator
+) -> None:
+    """Columns padded with zeros on both sides, and of one linear alone; a whole linear; inputs without weights."""
+    _, moment = group(generator)
+    x = torch.randn(300, 96, generator=generator)
+    x[:, 32:64] = 0
+    moment = moment_of(x)
+    weights = [torch.randn(16, 96, generator=generator) for _ in range(3)]
+    for weight in weights:
+        weight[:, 32:64] = 0
+    weights[1][:, 64:] = 0
+    weights[2][:] = 0
+    for weight, found in zip(
+        weights, algorithm.quantize_group(weights, moment, transform(share=share), fmt, NAMES), strict=True
+    ):
+        assert found.transform.isfinite().all()
+        back = values(found, fmt)
+        assert back.isfinite().all()
+        assert not back[:, 32:64].any()
+        assert weight.any() or not back.any()
+        assert not weight.any() or proxy_loss(weight, found, fmt, moment) < 0.1 * weight.square().sum()
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("transform", [wush.Hadamard(), wush.SmoothQuant(), wush.Wush()], ids=lambda t: t.name)
+def test_a_linear_that_is_fed_zeros_is_rounded_to_nearest(
+    transform: Transform, algorithm: wush.Gptq, generator: torch.Generator
+) -> None:
+    weight = torch.randn(16, 64, generator=generator)
+    found = algorithm.quantize_weight(weight, moment_of(torch.zeros(40, 64)), transform, wush.MXFP4)
+    matrix = transform.fit(weight, moment_of(torch.zeros(40, 64)).inputs(32)).float()
+    assert torch.equal(values(found, wush.MXFP4), wush.MXFP4.round_trip(transform_weight(weight, matrix).float()))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,15 @@ from wush.machine import Machine
 from wush.operands import PRODUCTS, How, bits_of, operands_of
 from wush_kernels.support import INTERPRETED
 
-FORMATS = [wush.MXFP4, wush.Mxfp4("ocp"), wush.NVFP4, wush.Nvfp4("calibrated"), wush.INT4, wush.MXFP8]
+FORMATS = [
+    wush.MXFP4,
+    wush.Mxfp4("ocp"),
+    wush.NVFP4,
+    wush.Nvfp4("calibrated"),
+    wush.INT4,
+    wush.Int4("midrise"),
+    wush.MXFP8,
+]
 ids = [f"{fmt.name}-{fmt.scale_rule}" for fmt in FORMATS]
 
 H100 = H200 = Machine((9, 0))
@@ -47,12 +55,14 @@ def layer(
     matrix = None if shape is None else (torch.randn(shape, generator=generator) / size**0.5).to(dtype)
     own_bias = torch.randn(out_features, generator=generator).to(dtype) if bias else None
     quantized = fmt.quantize(weight, global_scale=fmt.weight_global_scale(weight))
-    return wush.QuantLinear(QuantizedWeight(quantized, matrix), fmt, own_bias, "mlp.up_proj")
+    weight = QuantizedWeight(quantized, matrix, fmt.input_global_scale(7.0))
+    return wush.QuantLinear(weight, fmt, own_bias, "mlp.up_proj")
 
 
 def exact(ours: wush.QuantLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     """The float64 product of the reference's codes of a layer without transform, and that of their magnitudes."""
-    values, weight = ours.format.round_trip(x, checked=False).double(), ours.weight().double()
+    values = ours.format.round_trip(x, global_scale=ours.input_scale, checked=False).double()
+    weight = ours.weight().double()
     bias = 0 if ours.bias is None else ours.bias.double()
     return values @ weight.T + bias, values.abs() @ weight.abs().T
 
@@ -160,6 +170,21 @@ def test_every_backend_is_the_float64_product_of_the_same_codes(
     x = torch.randn(3, 7, 96, generator=generator)
     expected, magnitude = exact(ours, x)
     assert ((ours(x).double() - expected).abs() <= BOUND * (magnitude + 1)).all()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton", "scaled_mm"])
+@pytest.mark.parametrize("scale", [1e-5, 0.02, 3.0, 400.0])
+def test_every_backend_uses_the_inputs_own_global_scale(
+    scale: float, kernels: Kernels, generator: torch.Generator
+) -> None:
+    """With the format's own one, 0.1, inputs of 2,000 would be cut and those of 1e-4 be zero."""
+    ours = wush.use_kernels(layer(wush.Nvfp4("calibrated"), transform="none", bias=False), kernels)
+    x = torch.randn(5, 96, generator=generator) * scale
+    ours.input_scale = ours.format.input_global_scale(x.abs().max().item())
+    expected, magnitude = exact(ours, x)
+    assert ((ours(x).double() - expected).abs() <= BOUND * (magnitude + scale)).all()
+    plain = x.double() @ ours.weight().double().T
+    assert (ours(x).double() - plain).norm() < 0.2 * plain.norm()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=ids)
@@ -371,10 +396,11 @@ def test_a_layer_compiles_to_one_graph_with_the_same_bits(
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton", "scaled_mm"])
-@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, wush.Nvfp4("calibrated")], ids=lambda f: f.scale_rule)
 def test_the_operator_keeps_its_promises(kernels: Kernels, fmt: Format, generator: torch.Generator) -> None:
     own = layer(fmt).own
-    arguments = (own.packed, bits_of(own.scales), own.transform, own.bias, fmt.name, fmt.scale_rule, own.global_scale)
+    tensors = (own.packed, bits_of(own.scales), own.transform, own.bias)
+    numbers = (fmt.name, fmt.scale_rule, own.global_scale, own.input_scale)
     for shape in ((3, 96), (2, 3, 96), (0, 96)):
         x = torch.randn(shape, generator=generator)
-        torch.library.opcheck(torch.ops.wush.linear.default, (x, *arguments, kernels, True, False))
+        torch.library.opcheck(torch.ops.wush.linear.default, (x, *tensors, *numbers, kernels, True, False))

@@ -61,7 +61,10 @@ def test_problems_are_different_and_their_answers_right() -> None:
         assert doc["platinum_prompt"].count("Answer: XXX") == 1
 
 
-def test_documents_are_the_same_in_another_process() -> None:
+PINNED = "8db5139c64d3961c35ccfa0f27c50801170cae22f2e5931c2b5ba293cb9f6038"
+
+
+def test_documents_are_the_same_on_every_machine_and_in_another_process() -> None:
     script = (
         "import hashlib, json\nfrom wush.tasks.embedded import arithmetic, continuation\n"
         "docs = [arithmetic.load()['test'].to_list(), continuation.load()['test'].to_list()]\n"
@@ -69,7 +72,7 @@ def test_documents_are_the_same_in_another_process() -> None:
     )
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     docs = [module.load()["test"].to_list() for module in (arithmetic, continuation)]
-    assert hashlib.sha256(json.dumps(docs).encode()).hexdigest() == there
+    assert hashlib.sha256(json.dumps(docs).encode()).hexdigest() == there == PINNED
 
 
 def test_the_harness_scores_them(text: str) -> None:

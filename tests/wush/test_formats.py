@@ -13,6 +13,7 @@ FORMATS = [
     wush.NVFP4,
     wush.Nvfp4(scale_rule="calibrated"),
     wush.INT4,
+    wush.Int4(scale_rule="midrise"),
     wush.Int4(scale_rule="absmax"),
     wush.MXFP8,
 ]
@@ -69,6 +70,42 @@ def test_int4_is_the_floor_with_the_gaussian_clip(generator: torch.Generator) ->
     assert torch.equal(quantized.scales, scale)
     assert torch.equal(quantized.codes.unflatten(1, (-1, 32)).int() - 8, k.int())
     assert torch.equal(wush.INT4.dequantize(quantized).unflatten(1, (-1, 32)), (k + 0.5) * scale.float().unsqueeze(-1))
+
+
+def test_midrise_int4_clips_nothing(generator: torch.Generator) -> None:
+    """No value is further than half a step from what it becomes, with `s = amax / 8` and a BF16 step more at most."""
+    x = wide_values(generator)
+    x[3] = torch.linspace(-1, 1, 128)
+    quantized = wush.Int4("midrise").quantize(x)
+    scales = quantized.scales.double().unsqueeze(-1)
+    groups = x.unflatten(1, (-1, 32)).double()
+    error = wush.Int4("midrise").dequantize(quantized).unflatten(1, (-1, 32)).double() - groups
+    assert (error.abs() <= scales / 2 * (1 + 2.0**-22)).all()
+    exact = groups.abs().amax(-1, keepdim=True) / 8
+    assert (scales >= exact).all()
+    assert (scales <= exact * (1 + 2.0**-7)).all()
+
+
+@pytest.mark.parametrize("amax", [1.0, 8.0, 8 * 2.0**-30])
+def test_midrise_int4_is_the_papers_quantizer(amax: float, generator: torch.Generator) -> None:
+    """Equation 60 with `s = 2^(1-b) amax`, a BF16 number here: `(floor(x / s) + 1/2) s`; amax itself is at an edge."""
+    x = (torch.rand(4, 32, generator=generator) * 2 - 1) * amax
+    x[:, 3] = amax * torch.tensor([1, -1, 1, -1])
+    found = wush.Int4("midrise").round_trip(x).double()
+    step = amax / 8
+    expected = ((x.double() / step).floor().clamp(max=7) + 0.5) * step
+    assert torch.equal(found, expected)
+
+
+def test_midrise_int4_has_the_noise_of_the_theory(generator: torch.Generator) -> None:
+    """Uniform in a cell, variance `s^2 / 12`, whatever the values are; but the largest one is at its cell's edge."""
+    fmt = wush.Int4("midrise")
+    for values in (torch.randn(2000, 32, generator=generator), torch.rand(2000, 32, generator=generator) - 0.5):
+        error = (fmt.round_trip(values) - values) / fmt.find_scales(values).float()
+        largest = values.abs() == values.abs().amax(1, keepdim=True)
+        assert error.mean().abs() < 0.01
+        assert error[~largest].square().mean().item() == pytest.approx(1 / 12, rel=0.02)
+        assert error[largest].abs().min() > 0.5 - 8 * 2.0**-7
 
 
 def test_absmax_int4_reaches_its_largest_element() -> None:
@@ -165,7 +202,7 @@ def test_zero_groups_dequantize_to_zero(fmt: Format) -> None:
     assert torch.equal(fmt.round_trip(zeros), zeros)
 
 
-@pytest.mark.parametrize("fmt", [wush.NVFP4, wush.INT4, wush.Int4("absmax")], ids=repr)
+@pytest.mark.parametrize("fmt", [wush.NVFP4, wush.INT4, wush.Int4("midrise"), wush.Int4("absmax")], ids=repr)
 def test_a_scale_of_zero_snaps_every_value_to_the_element_of_zero(fmt: Format) -> None:
     """So it must be for GPTQ, whose later columns may grow after the scale is fixed."""
     x = torch.tensor([[-1e3, -0.0, 0.0, 1e3, FLOAT32_MAX]])
@@ -227,6 +264,11 @@ ENDS = [
     (wush.Nvfp4("calibrated"), 2.0**126, 2.0**126),
     (wush.Int4("absmax"), FLOAT32_MAX, 7 * 146 / 128 * 2.0**125),
     (wush.Int4("absmax"), 2.0**126, 7 * 146 / 128 * 2.0**123),
+    # The scale is the BF16 number from amax / 8 on, and the last cell's midpoint 7.5 of them.
+    (wush.Int4("midrise"), FLOAT32_MAX, 7.5 * 2.0**125),
+    (wush.Int4("midrise"), 2.0**126, 7.5 * 2.0**123),
+    (wush.Int4("midrise"), 2.0**-123, 7.5 * 2.0**-126),
+    (wush.Int4("midrise"), 2.0**-149, 0.0),
     # One element of 32 in a group is sqrt(32) = 5.66 rms, past the clip: 7.5 s, with s = 0.0593 amax in BF16.
     (wush.INT4, FLOAT32_MAX, 7.5 * 243 / 128 * 2.0**123),
     (wush.INT4, 2.0**126, 7.5 * 243 / 128 * 2.0**121),

@@ -150,7 +150,7 @@ def test_an_mx_scale_is_the_floor_of_log2_of_amax_in_every_binade(fmt: Format, o
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.element in GRIDS], ids=repr)
 def test_group_codes_are_the_nearest_in_exact_arithmetic(fmt: Format, generator: torch.Generator) -> None:
     """Codes of `x / s / g`: exact where s is a power of two and g = 1; where g = 1/3, after the one float32 rounding
-    of `3x`; else after three: of `x / g`, of `1 / s` and of their product.
+    of `3x`; else after three: of `1 / g`, of its quotient by s and of the product.
     """
     x = wide_values(generator, rows=24)
     g = {1 / 3: Fraction(1, 3), 0.1: Fraction(1, 10)}.get(fmt.global_scale, Fraction(1))
@@ -162,6 +162,40 @@ def test_group_codes_are_the_nearest_in_exact_arithmetic(fmt: Format, generator:
         magnitudes = {nearest(GRIDS[fmt.element], unit * (1 + side * slack)) for side in (-1, 1)}
         assert code % 2 ** (fmt.element.bits - 1) in magnitudes
         assert code >> (fmt.element.bits - 1) == (math.copysign(1, v) < 0)
+
+
+def exact_ties(g: Fraction) -> tuple[Tensor, Tensor, list[int]]:
+    """Every `x = t s g` that is a BF16 number, s an E4M3 scale and t between two magnitudes, and its even code."""
+    grid, found = GRIDS[E2M1], []
+    for scale in GRIDS[E4M3][1:]:
+        for low, (a, b) in enumerate(pairwise(grid)):
+            x = (a + b) / 2 * scale * g
+            if Fraction(torch.tensor(float(x)).bfloat16().item()) == x:
+                found.append((float(x), float(scale), low + low % 2))
+    x, scales, codes = zip(*found, strict=True)
+    return torch.tensor(x), torch.tensor(scales), list(codes)
+
+
+@pytest.mark.parametrize(("g", "wrong"), [(Fraction(1, 10), 0), (Fraction(1, 5), 0), (Fraction(1, 4), 42)], ids=str)
+def test_exact_ties_of_nvfp4_go_to_the_even_code(g: Fraction, wrong: int) -> None:
+    """All of them with g = 0.1 and `2^k / 10`; with any g those that do not are few, and as near as the even one."""
+    x, scales, codes = exact_ties(g)
+    assert len(x) > 400
+    for sign in (1, -1):
+        elements = wush.NVFP4.snap(sign * x[:, None, None], scales.to(torch.float8_e4m3fn)[:, None], float(g))
+        found = [code & 7 for code in E2M1.to_codes(elements).flatten().tolist()]
+        missed = [(own, even) for own, even in zip(found, codes, strict=True) if own != even]
+        assert len(missed) == wrong
+        assert all(abs(own - even) == 1 for own, even in missed)
+
+
+def test_exact_ties_of_nvfp4_scales_go_to_the_even_code() -> None:
+    grid = GRIDS[E4M3]
+    for low, (a, b) in enumerate(pairwise(grid)):
+        amax = (a + b) / 2 * Fraction(6, 10)
+        if Fraction(torch.tensor(float(amax)).bfloat16().item()) == amax:
+            scale = wush.NVFP4.find_scales(torch.full((1, 16), float(amax)))
+            assert scale.view(torch.uint8).item() == low + low % 2
 
 
 def test_nvfp4_scale_codes_are_the_nearest_in_exact_arithmetic(generator: torch.Generator) -> None:

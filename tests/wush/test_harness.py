@@ -25,6 +25,7 @@ import wush
 from tests.hub import publish, serving
 from wush.models import LoadedModel, load_packaged_gguf, load_random
 from wush.tasks import Harness, definitions
+from wush.tasks.outcome import _outcomes
 from wush.texts import EmbeddedText
 
 ROOT = Path(__file__).parent.parent.parent
@@ -157,6 +158,7 @@ def test_the_share_of_right_choices_is_that_of_the_models_likelihoods(folder: Pa
     values = result.runs[0].values
     assert values["acc,none"] == np.mean([right(row, False) for row in QUESTIONS])
     assert values["acc_norm,none"] == np.mean([right(row, True) for row in QUESTIONS])
+    assert result.runs[0].outcomes == [right(row, True) for row in QUESTIONS], "of the metric that counts, in order"
     share = values["acc_norm,none"]
     assert result.runs[0].stderrs["acc_norm,none"] == pytest.approx((share * (1 - share) / (len(QUESTIONS) - 1)) ** 0.5)
 
@@ -175,6 +177,25 @@ def test_a_group_is_one_result_over_all_its_tasks(folder: Path, loaded: LoadedMo
     single = [ran(harness(folder, name, limit=4), loaded) for name in ("sums", "hinted")]
     assert (group.samples, group.version) == (8, "2.5, 3")
     assert group.runs[0].values["acc,none"] == np.mean([task.runs[0].values["acc,none"] for task in single])
+    assert group.runs[0].outcomes == single[0].runs[0].outcomes + single[1].runs[0].outcomes
+    assert len(group.runs[0].outcomes) == group.samples
+
+
+def test_each_run_has_the_outcomes_of_its_own_answers(folder: Path, loaded: LoadedModel) -> None:
+    result = ran(harness(folder, "words", seeds=[0, 1], generation={"do_sample": True, "temperature": 1.0}), loaded)
+    first, second = result.runs
+    for run in (first, second):
+        assert len(run.outcomes) == len(QUESTIONS)
+        assert np.mean(run.outcomes) == pytest.approx(run.values["letters,none"])
+    assert first.outcomes != second.outcomes
+
+
+def test_a_metric_that_is_no_number_of_a_document_has_no_outcomes() -> None:
+    samples = [{"filter": "none", "acc": 1.0, "pair": (1, 2)}, {"filter": "late", "acc": 0.0}]
+    assert _outcomes("acc,none", ["a"], {"samples": {"a": samples}}) == [1.0]
+    assert _outcomes("acc,late", ["a", "b"], {"samples": {"a": samples, "b": [samples[1]]}}) == [0.0, 0.0]
+    assert _outcomes("pair,none", ["a"], {"samples": {"a": samples}}) == []
+    assert _outcomes("acc,none", ["a"], {"samples": {"a": [*samples, {"filter": "none", "acc": float("nan")}]}}) == []
 
 
 def test_fewshot_examples_stand_before_the_question(folder: Path, loaded: LoadedModel) -> None:

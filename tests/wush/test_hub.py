@@ -17,10 +17,12 @@ from omegaconf import OmegaConf
 
 from tests.hub import Hub, publish, serving
 from wush.downloads import ATTEMPTS, key_of
-from wush.hub import HubText
+from wush.hub import hub_text
 from wush.models import byte_tokenizer
+from wush.texts import PAD
 
 ROOT = Path(__file__).parent.parent.parent
+PAPERS = ("fineweb_edu", "c4", "open_platypus")
 MOVING = ("someone/moving-stream", "someone/moving")
 CONF = sorted(
     path.relative_to(ROOT / "conf").with_suffix("").as_posix()
@@ -50,6 +52,7 @@ for line in sys.stdin:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(request["tokenizer"])
     tokenizer.chat_template = request["template"]
     if request["bos"]:
+        tokenizer.bos_token = "<|end|>"
         starts = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 256)])
         tokenizer.backend_tokenizer.post_processor = starts
     logged.clear()
@@ -102,9 +105,14 @@ def node(config: str, **keys: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.merge(group, small), resolve=True)
 
 
+def stream(**keys: Any) -> dict[str, Any]:
+    """C4's pages of training, from all of its files, as they come and one after the other."""
+    return node("evaluation/c4", **{"split": "train", **keys})
+
+
 def text_of(answer: dict[str, Any]) -> str:
     assert "error" not in answer, answer["error"]
-    return byte_tokenizer().decode([token for window in answer["ids"] for token in window])
+    return byte_tokenizer().decode([token for window in answer["ids"] for token in window if token != PAD])
 
 
 def document(i: int) -> str:
@@ -192,6 +200,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     publish_all(root)
     publish(root, "someone/gated", {"README.md": configs(("default", {"train": "train.jsonl"}))})
     publish_documents(root, ("someone/bare", "someone/faltering"), first=0)
+    publish(root, "someone/long", {"train.jsonl": [{"body": page} for page in LONG]})
     with serving(root, gated=["someone/gated"]) as running:
         yield running
 
@@ -227,11 +236,13 @@ def test_wikitext_is_one_text_of_all_rows_without_overlap(worker: Worker) -> Non
 
 def test_documents_are_tokenized_each_with_special_tokens(worker: Worker) -> None:
     length = len(document(0)) + 1
-    ids = worker.cut(node("calibration/c4", windows=3, window_length=length), bos=True)["ids"]
+    ids = worker.cut(stream(windows=3, window_length=length), bos=True)["ids"]
     assert ids == [[256, *byte_tokenizer()(document(i)).input_ids] for i in range(3)]
 
 
-@pytest.mark.parametrize("config", ["calibration/c4", "calibration/ultrachat"])
+@pytest.mark.parametrize(
+    "config", ["evaluation/c4", "calibration/c4", "calibration/ultrachat", "calibration/open_platypus"]
+)
 def test_the_seed_alone_decides_the_order_of_documents(config: str, worker: Worker) -> None:
     first, again, other = (
         text_of(worker.cut({**node(config, seed=seed, windows=9), "batch_size": size}, CHAT))
@@ -258,7 +269,7 @@ def test_parts_of_one_split_share_no_document_whatever_the_seeds(seeds: tuple[in
 
 def documents(worker: Worker, config: str, count: int, seed: int = 0) -> list[str]:
     """The numbers of the first documents."""
-    answer = worker.cut(node(config, windows=1, window_length=count * len(document(0)), seed=seed))
+    answer = worker.cut(node(config, windows=1, window_length=count * len(document(0)), seed=seed, cut="packed"))
     return [line[1:4] for line in text_of(answer).splitlines()]
 
 
@@ -269,7 +280,7 @@ def documents(worker: Worker, config: str, count: int, seed: int = 0) -> list[st
         ("evaluation/ultrachat", "[user]Q19?[assistant]A19.[user]And?[assistant]So.[user]Q18?"),
         ("calibration/tulu3", "[user]Q0?[assistant]A0.[user]And?[assistant]So.[user]Q1?"),
         ("calibration/open_thoughts", "[system]Think.[user]Q0?[assistant]A0.[user]And?[assistant]So.[system]Think."),
-        ("calibration/open_platypus", "[user]Q0?\n\nGiven this.[assistant]A0.[user]Q1?[assistant]A1."),
+        ("calibration/open_platypus", "[user]Q0?[assistant]A0."),
     ],
 )
 def test_chats_go_through_the_chat_template_and_no_special_tokens_come_twice(
@@ -295,10 +306,111 @@ def test_a_chat_that_the_template_refuses_names_the_dataset(worker: Worker) -> N
     assert text_of(worker.cut(spared, STRICT)).startswith("[user]Q0?")
 
 
+LONG = [f"<{i:03}>" + "".join(chr(97 + (i * 7 + j * 5) % 26) for j in range(i * 5)) for i in range(40)]
+
+
+def rows_of(answer: dict[str, Any]) -> list[str]:
+    """What each window says, in a hub's answer."""
+    assert "error" not in answer, answer["error"]
+    return [byte_tokenizer().decode([token for token in row if token != PAD]) for row in answer["ids"]]
+
+
+def long_documents(cut: str, read: str = "shuffled", **keys: Any) -> dict[str, Any]:
+    """Documents of 5 to 200 tokens, `LONG`."""
+    dataset = {"dataset": "someone/long", "name": None, "columns": ["body"], "read": read}
+    return stream(**{**dataset, "cut": cut, "window_length": 64, "windows": 9, "seed": 1, **keys})
+
+
+@pytest.mark.parametrize("read", ["shuffled", "streamed"])
+def test_a_crop_is_a_random_piece_of_a_document_that_is_long_enough(read: str, worker: Worker) -> None:
+    found = rows_of(worker.cut(long_documents("crops", read, windows=20)))
+    homes = [[page for page in LONG if crop in page] for crop in found]
+    assert all(len(crop) == 64 for crop in found)
+    assert all(homes)
+    starts = [home[0].find(crop) for home, crop in zip(homes, found, strict=True)]
+    assert len(set(starts)) > 5
+    assert max(start + 64 - len(home[0]) for home, start in zip(homes, starts, strict=True)) <= 0
+    assert rows_of(worker.cut(long_documents("crops", read)))[:9] == found[:9]
+    assert rows_of(worker.cut(long_documents("crops", read, windows=20, seed=2))) != found
+
+
+def test_crops_are_one_a_document_and_of_all_that_are_long_enough(worker: Worker) -> None:
+    enough = [page for page in LONG if len(page) >= 64]
+    found = rows_of(worker.cut(long_documents("crops", windows=None, seed=None)))
+    assert found == [page[:64] for page in enough]
+    marked = rows_of(worker.cut(long_documents("crops", windows=None, window_length=190)))
+    assert len(marked) == len([page for page in LONG if len(page) >= 190])
+    error = worker.cut(long_documents("crops", windows=len(enough) + 1))["error"]
+    assert "40 documents of someone/long@" in error
+    assert f"too few: {len(enough)} of 64 tokens or more, {len(enough)} windows of 64, but {len(enough) + 1}" in error
+
+
+def test_each_document_is_a_window_of_its_own_length_cut_at_the_longest(worker: Worker) -> None:
+    answer = worker.cut(long_documents("each", windows=None, seed=None))
+    assert rows_of(answer) == [page[:64] for page in LONG]
+    for row, page in zip(answer["ids"], LONG, strict=True):
+        assert row[len(page[:64]) :] == [PAD] * (64 - len(page[:64]))
+    assert [len(row) for row in answer["ids"]] == [64] * 40
+
+
+CUTS = [(name, cut) for name in ("calibration/c4", "calibration/open_platypus") for cut in ("packed", "crops", "each")]
+
+
+@pytest.mark.parametrize(("config", "cut"), [*CUTS, ("evaluation/wikitext2", "packed")])
+def test_every_window_of_a_dataset_can_begin_with_bos(config: str, cut: str, worker: Worker) -> None:
+    ids = worker.cut(node(config, bos="every", cut=cut, seed=3), CHAT, bos=True)["ids"]
+    assert [row[0] for row in ids] == [256] * 4
+    assert all(row[1] not in (256, PAD) for row in ids)
+
+
+def test_a_tokenizer_without_bos_is_an_error_before_any_download(hub: Hub, worker: Worker) -> None:
+    asked = len(hub.requests)
+    error = worker.cut(stream(bos="every"))["error"]
+    assert "calibration.bos=every" in error
+    assert "calibration.bos=first" in error
+    assert len(hub.requests) == asked
+
+
+def test_the_papers_calibration_sets_are_cut_as_its_release_does() -> None:
+    edu, c4, platypus = (OmegaConf.load(ROOT / f"conf/calibration/{name}.yaml") for name in PAPERS)
+    assert (edu.read, edu.buffer, edu.cut) == ("streamed", 1000, "crops")
+    assert (c4.read, c4.files, c4.cut) == ("shuffled", ["en/c4-train.00000-of-01024.json.gz"], "crops")
+    assert (platypus["columns"], platypus.cut) == (["instruction", "output"], "each")
+    assert {(text.windows, text.window_length) for text in (edu, c4, platypus)} == {(1024, 2048)}
+
+
+def test_only_the_files_named_are_downloaded(hub: Hub, worker: Worker) -> None:
+    asked = len(hub.requests)
+    answer = worker.cut(node("calibration/c4", windows=None, window_length=4, seed=None))
+    assert [int(row[1:]) for row in rows_of(answer)] == list(range(20))
+    assert not [request for request in hub.requests[asked:] if "00001-of-01024" in request or "validation" in request]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["en/none.json.gz"], "check their paths"),
+        (["README.md"], "JSON lines or Parquet"),
+        (["a.json", "b.parquet"], "of one kind"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused_by_name(files: list[str], message: str, worker: Worker) -> None:
+    error = worker.cut(node("calibration/c4", files=files))["error"]
+    assert f"files={files}" in error
+    assert message in error
+
+
+def test_a_small_buffer_keeps_a_stream_near_its_order(worker: Worker) -> None:
+    given = [long_documents("each", "streamed", windows=39, buffer=size) for size in (1, 1000)]
+    near, far = ([int(page[1:4]) for page in rows_of(worker.cut(each))] for each in given)
+    assert near == sorted(near)
+    assert far != sorted(far)
+
+
 @pytest.mark.parametrize("config", ["calibration/c4", "calibration/open_platypus"])
 def test_too_few_documents_is_an_error_with_the_numbers(config: str, worker: Worker) -> None:
     error = worker.cut(node(config, windows=1000), CHAT)["error"]
-    assert ("40" if config.endswith("c4") else "20") + " documents of " in error
+    assert "20 documents of " in error
     assert "1000 are asked for" in error
     assert "calibration.windows" in error
 
@@ -316,28 +428,32 @@ def test_too_few_documents_is_an_error_with_the_numbers(config: str, worker: Wor
     ],
 )
 def test_what_is_not_there_fails_at_once_with_the_remedy(keys: dict[str, Any], message: str, worker: Worker) -> None:
-    answer = worker.cut(node("calibration/c4", **keys), CHAT)
+    answer = worker.cut(stream(**keys), CHAT)
     assert re.search(message, answer["error"], re.DOTALL), answer["error"]
     assert not [line for line in answer["logged"] if "tried again" in line]
 
 
 def test_windows_that_cannot_be_are_refused_when_the_text_is_built() -> None:
-    keys = {key: value for key, value in node("calibration/c4").items() if key != "_target_"}
+    keys = {key: value for key, value in stream().items() if key != "_target_"}
     with pytest.raises(ValueError, match="windows=null would read a whole stream"):
-        HubText(**{**keys, "windows": None})
+        hub_text(**{**keys, "windows": None})
+    with pytest.raises(ValueError, match=r"give its size, buffer=1000"):
+        hub_text(**{**keys, "buffer": None})
+    with pytest.raises(ValueError, match=r"cut=crops is for documents.*read=shuffled, or cut=packed"):
+        hub_text(**{**keys, "read": "joined", "cut": "crops"})
     with pytest.raises(ValueError, match="read=joined is for layout=text"):
-        HubText(**{**keys, "read": "joined", "part": "evaluation"})
+        hub_text(**{**keys, "read": "joined", "part": "evaluation"})
 
 
 def test_a_hub_that_falters_is_asked_again(hub: Hub, worker: Worker) -> None:
     hub.fail(7, path="someone/faltering")  # more often than the client tries again itself
-    answer = worker.cut(node("calibration/c4", dataset="someone/faltering", name=None, columns=["body"]))
+    answer = worker.cut(stream(dataset="someone/faltering", name=None, columns=["body"]))
     assert text_of(answer).startswith(document(0))
     assert len([line for line in answer["logged"] if "503" in line and "tried again" in line]) == 1
 
 
 def test_a_dataset_without_a_card_is_read_too(hub: Hub, worker: Worker) -> None:
-    given = node("calibration/c4", dataset="someone/bare", name=None, columns=["body"])
+    given = stream(dataset="someone/bare", name=None, columns=["body"])
     answer = worker.cut(given)
     assert text_of(answer).startswith(document(0))
     assert answer["source"] == f"someone/bare@{hub.commit('someone/bare')}"
@@ -356,7 +472,7 @@ def test_windows_of_a_stream_are_kept_and_used_without_network(hub: Hub, worker:
 
 
 def test_windows_are_kept_for_one_tokenizer(worker: Worker, offline: Worker) -> None:
-    given = node("calibration/c4", seed=8)
+    given = stream(seed=8)
     plain, other = worker.cut(given), worker.cut(given, bos=True)
     assert plain["ids"] != other["ids"]
     assert offline.cut(given, bos=True)["ids"] == other["ids"]
@@ -364,14 +480,14 @@ def test_windows_are_kept_for_one_tokenizer(worker: Worker, offline: Worker) -> 
 
 
 def test_downloaded_datasets_serve_every_tokenizer_without_network(worker: Worker, offline: Worker) -> None:
-    for config in ("evaluation/wikitext2", "calibration/open_platypus"):
+    for config in ("evaluation/wikitext2", "calibration/open_platypus", "calibration/c4"):
         worker.cut(node(config, seed=9), CHAT)
         assert offline.cut(node(config, seed=9, windows=3), CHAT, bos=True)["source"]
 
 
 def test_kept_windows_that_are_damaged_are_cut_again(worker: Worker, home: Path) -> None:
     before = set(home.glob("wush/windows/*"))
-    given = node("calibration/c4", seed=10)
+    given = stream(seed=10)
     ids = worker.cut(given)["ids"]
     (kept,) = set(home.glob("wush/windows/*")) - before
     whole = kept.read_bytes()
@@ -395,12 +511,12 @@ def test_without_network_and_data_the_error_says_how_to_get_it(offline: Worker, 
 
 
 def test_a_hub_that_is_gone_is_no_loss_where_the_data_is_here(hub: Hub, home: Path, worker: Worker) -> None:
-    given = [node("calibration/c4", seed=12), node("calibration/ultrachat", seed=12)]
+    given = [stream(seed=12), node("calibration/ultrachat", seed=12)]
     found = [worker.cut(each, CHAT)["ids"] for each in given]
     with serving(hub.root) as running, Worker(running.environment(home)) as process:
         running.stop()
         assert [process.cut(each, CHAT)["ids"] for each in given] == found
-        answer = process.cut(node("calibration/c4", dataset="someone/unseen"))
+        answer = process.cut(stream(dataset="someone/unseen"))
     assert "run this once where there is network" in answer["error"]
     assert len([line for line in answer["logged"] if "tried again" in line]) == ATTEMPTS - 1
 
@@ -408,7 +524,7 @@ def test_a_hub_that_is_gone_is_no_loss_where_the_data_is_here(hub: Hub, home: Pa
 def test_what_is_read_is_of_the_newest_commit_or_of_the_one_asked_for(
     hub: Hub, worker: Worker, offline: Worker
 ) -> None:
-    streamed = node("calibration/c4", dataset="someone/moving-stream", name=None, columns=["body"])
+    streamed = stream(dataset="someone/moving-stream", name=None, columns=["body"])
     downloaded = {**streamed, "dataset": "someone/moving", "read": "shuffled"}
     given = [streamed, downloaded]
     for repo in MOVING:
@@ -434,14 +550,14 @@ def publish_documents(root: Path, repos: Sequence[str], first: int) -> None:
 
 
 def test_windows_are_kept_for_one_rule_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = HubText(**{key: value for key, value in node("calibration/c4").items() if key != "_target_"})
+    text = hub_text(**{key: value for key, value in stream().items() if key != "_target_"})
     key = text.key(byte_tokenizer(), "a@1")
     assert replace(text, batch_size=1).key(byte_tokenizer(), "a@1") == key
     assert text.key(byte_tokenizer(), "a@2") != key
-    for rule, other in (("BUFFER", 5), ("READING", 0)):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"wush.hub.{rule}", other)
-            assert text.key(byte_tokenizer(), "a@1") != key
+    assert replace(text, buffer=5).key(byte_tokenizer(), "a@1") != key
+    assert replace(text, bos="every").key(byte_tokenizer(), "a@1") != key
+    monkeypatch.setattr("wush.hub.READING", 0)
+    assert text.key(byte_tokenizer(), "a@1") != key
 
 
 def test_the_same_tokenizer_has_one_key_wherever_it_was_loaded_from(tmp_path: Path) -> None:

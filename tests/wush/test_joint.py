@@ -252,6 +252,25 @@ def test_weights_with_global_scales_of_their_own_are_not_joined() -> None:
     assert block.q.not_joined == "their global scale differs"
 
 
+def test_layers_with_input_scales_of_their_own_are_not_joined(x: Tensor) -> None:
+    block = apart()
+    block.k.input_scale = 0.02
+    join(block, NAMES)
+    assert block.q.joint is None
+    assert block.q.not_joined == "their input scale differs"
+
+
+def test_joined_layers_use_their_inputs_global_scale(x: Tensor) -> None:
+    block, other = apart(fmt=wush.NVFP4), apart(fmt=wush.NVFP4)
+    for one in (block, other):
+        for name in NAMES:
+            one.get_submodule(name).input_scale = 0.002
+    join(block, NAMES)
+    assert block.q.joint is not None
+    for ours, expected in zip(block(x), other(x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_what_cannot_be_joined_at_all_is_an_error() -> None:
     block = joined()
     with pytest.raises(ValueError, match="q, k: joined already"):

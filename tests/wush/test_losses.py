@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import wush
-from tests.wush.test_walk import AlternatingModel, Kept, quantize, tiny, tokens
+from tests.wush.test_walk import Kept, quantize, tiny, tokens
 from wush.decoder import linear_inputs
 from wush.losses import theory
 from wush.moments import weight_moments
@@ -37,10 +37,14 @@ def spread_out(architecture: str = "llama") -> nn.Module:
     return model
 
 
-def losses_of(report: wush.QuantizationReport) -> dict[tuple[int, str], wush.LayerLoss]:
-    found = {(block.index, layer.name): layer.loss for block in report.blocks for layer in block.layers}
-    assert all(loss is not None for loss in found.values())
-    return found  # type: ignore[return-value]
+def losses_of(
+    model: nn.Module, ids: Tensor, fmt: wush.Format, held_out: Tensor, **options: object
+) -> dict[tuple[int, str], wush.LayerLoss]:
+    """Of the model once quantized, in place."""
+    original = copy.deepcopy(model)
+    quantize(model, ids, fmt, **options)
+    found = wush.measure(original, model, held_out, layer_losses=True, batch_size=2)
+    return {(block.index, name): loss for block in found for name, loss in block.losses.items()}
 
 
 def own_inputs(model: nn.Module, original: nn.Module, index: int, ids: Tensor) -> dict[str, Tensor]:
@@ -63,7 +67,7 @@ def test_losses_are_those_of_the_original_blocks_inputs(
 ) -> None:
     model, ids, held_out = spread_out(), tokens(generator), tokens(generator, 4, 16)
     original = copy.deepcopy(model)
-    losses = losses_of(quantize(model, ids, fmt, transform=transform, held_out=held_out.split(2)))
+    losses = losses_of(model, ids, fmt, held_out, transform=transform)
     assert len(losses) == 3 * 7
     for index in (0, 2):
         for name, x in own_inputs(model, original, index, held_out).items():
@@ -78,25 +82,13 @@ def test_losses_are_those_of_the_original_blocks_inputs(
             assert losses[index, name].mse == pytest.approx(expected * exact.square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("algorithm", [wush.Rtn(), wush.Gptq()], ids=lambda a: a.name)
-def test_measuring_changes_nothing_else(algorithm: wush.Gptq, generator: torch.Generator) -> None:
-    ids, models = tokens(generator), (tiny("llama"), tiny("llama"))
-    options = {"transform": wush.Wush(share=True), "algorithm": algorithm}
-    plain = quantize(models[0], ids, wush.MXFP4, **options)
-    measured = quantize(models[1], ids, wush.MXFP4, **options, held_out=[tokens(generator, 2)])
-    assert torch.equal(models[0](input_ids=ids).logits, models[1](input_ids=ids).logits)
-    assert [block.mse for block in plain.blocks] == [block.mse for block in measured.blocks]
-    assert all(layer.loss is None for block in plain.blocks for layer in block.layers)
-    assert not any(module._forward_hooks for module in models[1].modules())
-
-
 def test_a_bias_is_no_part_of_an_outputs_power(generator: torch.Generator) -> None:
     ids, relative = tokens(generator), []
     for bias in (0.0, 100.0):
         model = tiny("gpt_neox")
         model.gpt_neox.layers[0].attention.query_key_value.bias.data += bias
-        report = quantize(model, ids, wush.MXFP4, held_out=[ids], blocks=[0])
-        relative.append(losses_of(report)[0, "attention.query_key_value"].relative)
+        losses = losses_of(model, ids, wush.MXFP4, ids, blocks=[0])
+        relative.append(losses[0, "attention.query_key_value"].relative)
     assert relative[1] == pytest.approx(relative[0], rel=1e-3)
 
 
@@ -105,8 +97,10 @@ def test_a_bias_is_no_part_of_an_outputs_power(generator: torch.Generator) -> No
 def test_no_transform_is_predicted_to_be_below_the_bound(
     algorithm: wush.Gptq, transform: Transform, generator: torch.Generator
 ) -> None:
-    options = {"transform": transform, "algorithm": algorithm, "held_out": [tokens(generator, 2)]}
-    for loss in losses_of(quantize(spread_out(), tokens(generator, 8, 32), wush.MXFP4, **options)).values():
+    ids, held_out = tokens(generator, 8, 32), tokens(generator, 2)
+    losses = losses_of(spread_out(), ids, wush.MXFP4, held_out, transform=transform, algorithm=algorithm)
+    assert len(losses) == 3 * 7
+    for loss in losses.values():
         assert min(loss.even, loss.paper_fp) > (1 - 1e-6) * loss.bound > 0
 
 
@@ -165,14 +159,14 @@ def test_a_weight_of_fewer_rows_than_columns_has_a_bound_too(generator: torch.Ge
 
 
 def test_losses_and_predictions_put_wush_before_hadamard_where_there_are_outliers(generator: torch.Generator) -> None:
-    ids, held_out = tokens(generator, 12, 32), [tokens(generator, 4, 32)]
+    ids, held_out = tokens(generator, 12, 32), tokens(generator, 4, 32)
     found = {}
     for transform in (wush.Hadamard(), wush.Wush()):
         model = tiny("llama")
         for block in model.model.layers:
             block.input_layernorm.weight.data[5] *= 20
             block.self_attn.q_proj.weight.data[:, 5] /= 20
-        found[transform.name] = losses_of(quantize(model, ids, wush.MXFP4, transform=transform, held_out=held_out))
+        found[transform.name] = losses_of(model, ids, wush.MXFP4, held_out, transform=transform)
     for index in range(3):
         own, other = (found[name][index, "self_attn.q_proj"] for name in ("wush", "h"))
         assert own.relative < 0.7 * other.relative
@@ -181,43 +175,9 @@ def test_losses_and_predictions_put_wush_before_hadamard_where_there_are_outlier
         assert own.paper_int < 0.7 * other.paper_int
 
 
-@pytest.mark.parametrize("transform", [wush.Wush(share=True), wush.Hadamard()], ids=repr)
-def test_a_resumed_walk_reports_the_same_losses(transform: Transform, generator: torch.Generator) -> None:
-    ids, held_out, kept = tokens(generator), [tokens(generator, 2)], Kept()
-    options = {"transform": transform, "held_out": held_out, "saved": kept}
-    first = quantize(tiny("llama"), ids, wush.MXFP4, **options)
-    del kept.blocks[2]
-    again = quantize(tiny("llama"), ids, wush.MXFP4, **options)
-    assert losses_of(again) == losses_of(first)
-    assert [block.mse for block in again.blocks] == [block.mse for block in first.blocks]
-
-
-def test_saved_blocks_without_losses_do_not_pass_for_measured_ones(generator: torch.Generator) -> None:
-    ids, kept = tokens(generator), Kept()
-    quantize(tiny("llama"), ids, wush.MXFP4, saved=kept)
-    with pytest.raises(ValueError, match=r"model\.layers\.0: the saved block has no layer losses; remove it"):
-        quantize(tiny("llama"), ids, wush.MXFP4, saved=kept, held_out=[ids])
-
-
 def test_a_loss_is_plain_numbers(generator: torch.Generator) -> None:
-    report = quantize(tiny("llama"), tokens(generator), wush.MXFP4, held_out=[tokens(generator, 2)])
-    loss = losses_of(report)[1, "mlp.up_proj"]
+    loss = losses_of(tiny("llama"), tokens(generator), wush.MXFP4, tokens(generator, 2))[1, "mlp.up_proj"]
     assert wush.LayerLoss(**json.loads(json.dumps(asdict(loss)))) == loss
-
-
-def test_held_out_tokens_must_be_some(generator: torch.Generator) -> None:
-    with pytest.raises(ValueError, match="no held-out batches"):
-        quantize(tiny("llama"), tokens(generator), held_out=[])
-
-
-def test_a_linear_that_no_held_out_token_reaches_has_no_loss(generator: torch.Generator) -> None:
-    ids = torch.randint(0, 50, (2, 16), generator=generator)
-    report = wush.QuantizationReport()
-    options = {"format": wush.MXFP4, "transform": wush.Wush(), "algorithm": wush.Rtn(), "report": report}
-    wush.quantize(AlternatingModel(), [ids[:, :8], ids], held_out=[ids], **options)  # type: ignore[arg-type]
-    losses = {layer.name: layer.loss for layer in report.blocks[0].layers}
-    assert losses["short"] is None
-    assert losses["long"] is not None
 
 
 @pytest.mark.gpu
@@ -229,9 +189,9 @@ def test_a_gpu_measures_and_predicts_the_same(
 ) -> None:
     """But for codes decided otherwise at ties, and eigenvectors of the other sign; theory is of float64 moments."""
     same = 0.3 if isinstance(transform, (wush.Hu, wush.Wush)) else 0.1
-    ids, held_out = tokens(generator, 8, 32), [tokens(generator, 4, 32)]
-    options = {"transform": transform, "algorithm": algorithm, "held_out": held_out, "blocks": [0]}
-    ours, theirs = (losses_of(quantize(spread_out().to(device), ids, fmt, **options)) for device in ("cpu", "cuda"))
+    ids, held_out = tokens(generator, 8, 32), tokens(generator, 4, 32)
+    options = {"transform": transform, "algorithm": algorithm, "blocks": [0]}
+    ours, theirs = (losses_of(spread_out().to(device), ids, fmt, held_out, **options) for device in ("cpu", "cuda"))
     for key, loss in ours.items():
         assert theirs[key].relative == pytest.approx(loss.relative, rel=same), key
         for name in ("even", "paper_fp", "paper_int"):
@@ -267,15 +227,14 @@ def test_only_the_chosen_blocks_are_quantized(generator: torch.Generator) -> Non
 def test_a_block_chosen_alone_is_fed_by_the_original_ones(generator: torch.Generator) -> None:
     model, ids, held_out = tiny("llama"), tokens(generator), tokens(generator, 2)
     original = copy.deepcopy(model)
-    options = {"transform": wush.Wush(), "held_out": [held_out], "blocks": [2, 2]}
-    losses = losses_of(quantize(model, ids, wush.MXFP4, **options))
+    losses = losses_of(model, ids, wush.MXFP4, held_out, transform=wush.Wush(), blocks=[2, 2])
     assert {index for index, _ in losses} == {2}
     x = own_inputs(original, original, 2, held_out)["mlp.down_proj"]
     layer, linear = (m.model.layers[2].mlp.down_proj for m in (model, original))
     expected = wush.layer_loss(x, linear.weight.detach(), layer.weight(), layer.transform, wush.MXFP4)
     assert losses[2, "mlp.down_proj"].relative == pytest.approx(expected, rel=1e-4)
     moment = wush.SecondMoment(128)
-    moment.add(own_inputs(original, original, 2, ids)["mlp.down_proj"].unflatten(0, (6, 24)))
+    moment.add(own_inputs(original, original, 2, held_out)["mlp.down_proj"].unflatten(0, (2, 24)))
     expected = theory(linear.weight, layer.transform, moment.diagonal_blocks(32)).tolist()
     found = losses[2, "mlp.down_proj"]
     assert [found.even, found.paper_fp, found.paper_int, found.bound] == pytest.approx(expected, rel=1e-4)

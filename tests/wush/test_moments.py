@@ -99,6 +99,22 @@ def test_inverse_factor_is_the_lower_cholesky_of_the_damped_inverse(generator: t
     assert (factor.diagonal() > 0).all()
 
 
+def test_a_moment_of_nothing_has_the_identity_for_its_factor() -> None:
+    moment = wush.SecondMoment(24)
+    moment.add(torch.zeros(1, 100, 24))
+    factor = moment.inverse_factor * 1.01**0.5
+    torch.testing.assert_close(factor, torch.eye(24, dtype=torch.float64))
+
+
+def test_a_part_of_the_inputs_knows_which_tiles_it_has(generator: torch.Generator) -> None:
+    moment = wush.SecondMoment(64, block_size=16)
+    moment.add(torch.randn(1, 40, 64, generator=generator))
+    inputs = moment.inputs(16)
+    assert inputs.first is None
+    assert [inputs.block(n).first for n in range(4)] == [0, 1, 2, 3]
+    assert torch.equal(inputs.block(2).moments_ngg, inputs.moments_ngg[2:3])
+
+
 def test_a_failed_factorization_is_damped_more_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     good = torch.eye(2, dtype=torch.float64)
     indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]], dtype=torch.float64)

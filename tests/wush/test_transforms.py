@@ -8,7 +8,8 @@ import wush
 from wush.transforms import Transform, apply_blocks, hadamard, inverse, transform_weight
 
 ALL = [
-    wush.Identity(), wush.RandomRotation(3), wush.Hadamard(), wush.SmoothQuant(), wush.Hu(), wush.Wus(), wush.Wush(),
+    wush.Identity(), wush.RandomRotation(3), wush.RandomRotation(3, per_tile=True), wush.Hadamard(),
+    wush.SmoothQuant(), wush.Hu(), wush.Wus(), wush.Wush(), wush.Wush(power=0.2, signs=1),
 ]  # fmt: skip
 
 
@@ -91,19 +92,39 @@ def test_wus_is_wush_without_its_hadamard(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_hu_is_the_rotation_of_wush(size: int, generator: torch.Generator) -> None:
-    """Orthogonal, and it gives `L^T M_X L` a constant diagonal, the mean of `S^2`."""
+def test_hu_gives_each_side_a_constant_diagonal_and_balances_none(size: int, generator: torch.Generator) -> None:
+    """`Hd S^2 Hd^T` of the inputs and the identity of the weight: the largest diagonal is 1.0 of the smallest."""
     weight, _, inputs = layer(generator, size)
-    rotation = wush.Hu().fit(weight, inputs)
-    assert rotation.shape == (3, size, size)
-    identity = torch.eye(size, dtype=torch.float64).expand_as(rotation)
-    torch.testing.assert_close(rotation @ rotation.mT, identity, rtol=0, atol=1e-12)
-    m_w = damped(torch.stack([w.T @ w / len(w) for w in weight.split(size, dim=1)]))
-    lower = torch.linalg.cholesky(m_w)
-    balanced = lower.mT @ damped(inputs.moments_ngg) @ lower
-    diagonal = (rotation @ balanced @ rotation.mT).diagonal(dim1=1, dim2=2)
-    means = balanced.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    torch.testing.assert_close(diagonal, means.expand_as(diagonal), rtol=1e-9, atol=0)
+    x_side, w_side, spectra = balanced_moments(weight, inputs.moments_ngg, wush.Hu().fit(weight, inputs))
+    assert_relatively_close(w_side, torch.eye(size, dtype=torch.float64).expand_as(w_side))
+    diagonal = x_side.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, spectra.square().mean(1, keepdim=True).expand_as(diagonal), rtol=1e-9, atol=0)
+
+
+def test_hu_is_a_rotation_of_what_the_weights_factor_makes_of_the_inputs(generator: torch.Generator) -> None:
+    weight, _, inputs = layer(generator)
+    m_w = damped(torch.stack([w.T @ w / len(w) for w in weight.split(32, dim=1)]))
+    rotation = wush.Hu().fit(weight, inputs) @ torch.linalg.inv(torch.linalg.cholesky(m_w).mT)
+    identity = torch.eye(32, dtype=torch.float64).expand_as(rotation)
+    torch.testing.assert_close(rotation @ rotation.mT, identity, rtol=0, atol=1e-9)
+
+
+def test_the_powers_of_s_lead_from_one_side_balanced_alone_to_the_other(generator: torch.Generator) -> None:
+    weight, _, inputs = layer(generator)
+    fitted = {p: wush.Wush(power=p).fit(weight, inputs) for p in (0.0, 0.25, 0.5, 1.0)}
+    assert torch.equal(fitted[0.5], wush.Wush().fit(weight, inputs))
+    torch.testing.assert_close(fitted[1.0], wush.Hu().fit(weight, inputs), rtol=1e-12, atol=0)
+    for p, transform in fitted.items():
+        x_side, w_side, spectra = balanced_moments(weight, inputs.moments_ngg, transform)
+        for side, power in ((x_side, 2 * p), (w_side, 2 - 2 * p)):
+            means = spectra.pow(power).mean(1, keepdim=True).expand(3, 32)
+            torch.testing.assert_close(side.diagonal(dim1=1, dim2=2), means, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("power", [-0.1, 1.1, float("nan")])
+def test_a_power_outside_of_0_to_1_is_an_error(power: float) -> None:
+    with pytest.raises(ValueError, match=rf"power={power}: wush needs a number from 0 to 1"):
+        wush.Wush(power=power)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
@@ -187,7 +208,7 @@ def test_random_rotations_have_no_preferred_sign() -> None:
     assert corners.mean(0).abs().max() < 0.12
 
 
-@pytest.mark.parametrize("transform", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("transform", ALL, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rounded_transform_preserves_the_product_exactly(
     transform: Transform, dtype: torch.dtype, generator: torch.Generator
@@ -199,7 +220,7 @@ def test_a_rounded_transform_preserves_the_product_exactly(
     assert_relatively_close(product[None], (x @ weight.T)[None], 1e-12)
 
 
-@pytest.mark.parametrize("transform", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("transform", ALL, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_computed_in_its_dtype_preserves_its_product_to_that_dtypes_rounding(
     transform: Transform, dtype: torch.dtype, generator: torch.Generator
@@ -237,37 +258,106 @@ def test_layer_loss_of_wush_is_below_hadamard_and_identity(fmt: wush.Format, gen
     assert losses["wush"] < 0.8 * losses["h"] < 0.8 * losses["i"]
 
 
-@pytest.mark.parametrize("transform", [wush.Hu(), wush.Wus(), wush.Wush()], ids=lambda t: t.name)
-def test_a_group_of_dead_channels_is_an_error_that_names_the_layer(
+FITTED = pytest.mark.parametrize("transform", [wush.Hu(), wush.Wus(), wush.Wush()], ids=lambda t: t.name)
+
+
+@FITTED
+@pytest.mark.parametrize("side", ["inputs", "weight", "both"])
+def test_a_tile_of_zeros_takes_the_identity_and_changes_no_other(
+    side: str, transform: Transform, generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight, _, inputs = layer(generator)
+    expected = transform.fit(weight, inputs)
+    assert not caplog.text
+    if side != "weight":
+        inputs.moments_ngg[1] = 0
+    if side != "inputs":
+        weight[:, 32:64] = 0
+    fitted = transform.fit(weight, inputs, "down_proj")
+    assert torch.equal(fitted[1], torch.eye(32, dtype=torch.float64))
+    assert torch.equal(fitted[[0, 2]], expected[[0, 2]])
+    assert "down_proj: 1 of its 3 tiles of 32 channels have only zeros for inputs or weights" in caplog.text
+
+
+@FITTED
+def test_a_layer_without_any_signal_takes_the_identity(transform: Transform, generator: torch.Generator) -> None:
+    weight, _, inputs = layer(generator)
+    identity = torch.eye(32, dtype=torch.float64).expand(3, 32, 32)
+    assert torch.equal(transform.fit(0 * weight, inputs), identity)
+    assert torch.equal(transform.fit(weight, wush.Inputs(0 * inputs.moments_ngg)), identity)
+
+
+@FITTED
+@pytest.mark.parametrize("side", ["inputs", "weight", "both"])
+def test_a_dead_channel_among_live_ones_needs_no_identity(
+    side: str, transform: Transform, generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight, x, inputs = layer(generator)
+    if side != "weight":
+        inputs.moments_ngg[1, 5] = inputs.moments_ngg[1, :, 5] = 0
+        x[:, 37] = 0
+    if side != "inputs":
+        weight[:, 37] = 0
+    fitted = transform.fit(weight, inputs, "down_proj")
+    assert not caplog.text
+    assert not torch.equal(fitted[1], torch.eye(32, dtype=torch.float64))
+    product = apply_blocks(x, fitted) @ transform_weight(weight, fitted).T
+    assert_relatively_close(product[None], (x @ weight.T)[None], 1e-10)
+
+
+@FITTED
+def test_in_a_batch_the_tiles_of_one_weight_are_dead_for_it_alone(
+    transform: Transform, generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight, _, inputs = layer(generator)
+    dead = weight.clone()
+    dead[:, :64] = 0
+    together = transform.fit_each([weight, dead], inputs, ["gate_proj", "up_proj"])
+    assert torch.equal(together[0], transform.fit(weight, inputs))
+    assert torch.equal(together[1, 2], together[0, 2])
+    assert torch.equal(together[1, :2], torch.eye(32, dtype=torch.float64).expand(2, 32, 32))
+    assert "up_proj: 2 of its 3 tiles" in caplog.text
+    assert "gate_proj" not in caplog.text
+
+
+@FITTED
+def test_a_moment_that_is_no_moment_is_an_error_that_names_the_layer_and_the_tile(
     transform: Transform, generator: torch.Generator
 ) -> None:
     weight, _, inputs = layer(generator)
-    inputs.moments_ngg[1] = 0
-    with pytest.raises(wush.NumericError, match="down_proj input: second moment is not positive definite"):
+    indefinite = wush.Inputs(inputs.moments_ngg.clone())
+    indefinite.moments_ngg[1] -= 2 * indefinite.moments_ngg[1].trace() / 32 * torch.eye(32, dtype=torch.float64)
+    with pytest.raises(wush.NumericError, match=r"^down_proj input: second moment is not positive definite"):
+        transform.fit(weight, indefinite, "down_proj")
+    with pytest.raises(wush.NumericError, match=r"^down_proj input tile 1: second moment is not positive definite"):
+        transform.fit(weight[:, 32:64], indefinite.block(1), "down_proj")
+    weight[3, 40] = torch.nan
+    with pytest.raises(wush.NumericError, match=r"^down_proj weight: second moment is not positive definite"):
         transform.fit(weight, inputs, "down_proj")
 
 
-@pytest.mark.parametrize("transform", ALL, ids=lambda t: t.name)
+@pytest.mark.parametrize("transform", ALL, ids=repr)
 def test_weights_fitted_in_one_batch_get_the_transforms_they_get_alone(
     transform: Transform, generator: torch.Generator
 ) -> None:
     weight, _, inputs = layer(generator)
     weights = [weight, weight[:16].float(), -weight.flip(1)]
     together = transform.fit_each(weights, inputs, ["a", "b", "c"])
-    assert all(torch.equal(own, transform.fit(alone, inputs)) for own, alone in zip(together, weights, strict=True))
+    for name, own, alone in zip("abc", together, weights, strict=True):
+        assert torch.equal(own, transform.fit(alone, inputs, name))
 
 
 def test_transforms_are_shared_where_that_is_usual_and_others_on_demand() -> None:
-    assert [transform.share for transform in ALL] == [True, True, True, True, False, False, False]
+    assert {transform.name for transform in ALL if transform.share} == {"i", "r", "h", "sq"}
     assert wush.Wush(share=True).share
 
 
 def test_in_a_batch_the_error_names_the_layer_it_is_about(generator: torch.Generator) -> None:
     weight, _, inputs = layer(generator)
-    dead = weight.clone()
-    dead[:, 32:64] = 0
+    broken = weight.clone()
+    broken[:, 32:64] = torch.nan
     with pytest.raises(wush.NumericError, match=r"^up_proj weight: second moment is not positive definite"):
-        wush.Wush().fit_each([weight, dead], inputs, ["gate_proj", "up_proj"])
+        wush.Wush().fit_each([weight, broken], inputs, ["gate_proj", "up_proj"])
 
 
 def test_a_transform_without_an_inverse_is_an_error_that_names_the_layer() -> None:

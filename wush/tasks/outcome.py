@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
+from numbers import Real
 from typing import Any
 
 from wush.tasks.specs import TaskResult, TaskRun, TaskSpec
@@ -17,6 +19,7 @@ def outcome(
     """
     runs = [_run(spec.task, seed, results, seconds) for seed, (results, seconds) in zip(seeds, timed, strict=True)]
     metric = _headline(spec, runs)
+    runs = [replace(run, outcomes=_outcomes(metric, tasks, own)) for run, (own, _) in zip(runs, timed, strict=True)]
     return TaskResult(
         name=spec.task,
         version=_joined(task.VERSION for task in tasks.values()),
@@ -39,6 +42,18 @@ def _run(name: str, seed: int, results: Mapping[str, Any], seconds: float) -> Ta
         stderrs={key: _number(found.get(key.replace(",", "_stderr,", 1))) for key in keys},
         seconds=seconds,
     )
+
+
+def _outcomes(metric: str, tasks: Iterable[str], results: Mapping[str, Any]) -> list[float]:
+    """The metric of each document, those of a group task by task; none where a document has no number of it.
+
+    Such are metrics that only a whole task has.
+    """
+    name, _, chosen = metric.partition(",")
+    samples = [one for task in tasks for one in results["samples"].get(task, ()) if one["filter"] == chosen]
+    values = [_number(one.get(name)) for one in samples]
+    found = [value for value in values if value is not None]
+    return found if len(found) == len(values) else []
 
 
 def _headline(spec: TaskSpec, runs: Sequence[TaskRun]) -> str:
@@ -69,5 +84,4 @@ def _joined(versions: Iterable[Any]) -> str:
 
 
 def _number(value: Any) -> float | None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if number else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None

@@ -58,7 +58,7 @@ def wrapped(model: Any, tokenizer: Any, batch_size: int) -> HFLM:
 
 
 def evaluate(lm: HFLM, loaded: dict[str, Any], spec: TaskSpec, seed: int, progress: Progress) -> dict[str, Any]:
-    """The harness's results of one run, as it gives them."""
+    """The harness's results of one run, as it gives them, with what each document came to."""
     from lm_eval.evaluator import evaluate as evaluated
 
     for task in loaded["tasks"].values():
@@ -72,7 +72,7 @@ def evaluate(lm: HFLM, loaded: dict[str, Any], spec: TaskSpec, seed: int, progre
             limit=spec.limit,
             cache_requests=False,
             bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
+            log_samples=True,
             apply_chat_template=bool(spec.chat_template),
             fewshot_as_multiturn=spec.fewshot_as_multiturn,
             confirm_run_unsafe_code=True,  # refused in `Definition.problems` unless it is allowed

@@ -44,12 +44,17 @@ class TaskSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRun:
-    """One run of a task: each metric, named with its filter (`acc,none`), its standard error or None, and seconds."""
+    """One run of a task: each metric, named with its filter (`acc,none`), its standard error or None, and seconds.
+
+    `outcomes`: the metric that counts of each document, in the harness's order, those of a group task by task; empty
+    where it is no number of a document.
+    """
 
     seed: int
     values: dict[str, float]
     stderrs: dict[str, float | None]
     seconds: float
+    outcomes: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

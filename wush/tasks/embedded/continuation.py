@@ -1,7 +1,6 @@
 """Which sentence comes next in Python's topic documentation: the true one, or one of three from elsewhere in it.
 
-Only the half of the documentation that models are evaluated on is used, never that of calibration. The text,
-and so the documents, differ between Python versions.
+Only the half of the documentation that models are evaluated on is used, never that of calibration.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""What a format's window loses of the inputs of quantized layers: it is counted, and said.
+
+A format whose groups have a scale of few bits and one global scale for all (NVFP4) holds magnitudes within a fixed
+window: of a group above it the largest values are cut, a group below it becomes zero.
+Shape legend: `M` tokens, `I` input features, `N` groups, `G` group size.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wush.formats import Format
+from wush.linear import QuantLinear
+from wush.operands import transformed
+
+log = logging.getLogger(__name__)
+
+NAMED = 3  # layers that a warning names
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Groups of a layer's input after its transform: all, those with values cut, those that became zero."""
+
+    groups: int
+    clipped: int
+    flushed: int
+
+    @property
+    def share(self) -> float:
+        """Of all groups, those that lost something."""
+        return (self.clipped + self.flushed) / self.groups
+
+    def __str__(self) -> str:
+        return f"of {self.groups:,} groups {self.clipped:,} clipped, {self.flushed:,} flushed to zero"
+
+
+class Count:
+    """Counts of layers by name, on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.format: Format | None = None  # of the layers counted
+        self._sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+
+    def add(self, name: str, layer: QuantLinear, x: Tensor) -> None:
+        """Count the groups of `T x` for an input x `(..., I)` of a layer; nothing for a format without a window."""
+        window = layer.format.window(layer.input_scale)
+        if window is None:
+            return
+        # Layers that are fed by one tensor, one after the other, have one count if they have one transform.
+        same = layer.format, layer.input_scale, None if layer.transform is None else layer.transform.data_ptr()
+        if self._last is None or self._last[0] is not x or self._last[1] != same:
+            self._last = x, same, _counts(x, layer.transform, layer.format, window)
+        own = self._last[2]
+        self._sums[name] = self._sums[name] + own if name in self._sums else own
+        self.format = layer.format
+
+    def found(self) -> dict[str, Lost]:
+        """Of the layers that lost something; waits for the device."""
+        self._last = None
+        counts = {name: Lost(*sums.tolist()) for name, sums in self._sums.items()}
+        return {name: lost for name, lost in counts.items() if lost.clipped or lost.flushed}
+
+
+@contextmanager
+def counting(module: nn.Module) -> Iterator[Count]:
+    """While open, what the `QuantLinear`s of a module lose of their inputs is counted, by their names within it."""
+    count, layers = Count(), {n: m for n, m in module.named_modules() if isinstance(m, QuantLinear)}
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args, name=name: count.add(name, layer, args[0]))
+        for name, layer in layers.items()
+        if layer.format.window(layer.input_scale) is not None
+    ]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def warn(lost: Mapping[str, Lost], fmt: Format, text: str = "evaluated") -> None:
+    """One warning for all layers that lost groups on a text, which names the worst and says what to do."""
+    if not lost:
+        return
+    worst = sorted(lost, key=lambda name: lost[name].share, reverse=True)[:NAMED]
+    told = "; ".join(f"{name}: {lost[name]}" for name in worst)
+    log.warning(
+        "%s: inputs of %d layers leave the format's window on the %s text, %s; %s",
+        *(fmt.name, len(lost), text, told, fmt.window_remedy),
+    )
+
+
+def _counts(x: Tensor, transform: Tensor | None, fmt: Format, window: tuple[float, float]) -> Tensor:
+    """Groups, clipped and flushed, `(3,)` int64 on x's device; one window of tokens at a time, as memory allows."""
+    low, high = window
+    sums = torch.zeros(3, dtype=torch.int64, device=x.device)
+    for x_mi in x.detach().reshape(-1, *x.shape[-2:]):
+        amax_mn = fmt.groups(transformed(x_mi, transform)).abs().amax(-1)
+        sums[0] += amax_mn.numel()
+        sums[1] += (amax_mn > high).sum()
+        sums[2] += ((amax_mn > 0) & (amax_mn <= low)).sum()
+    return sums
