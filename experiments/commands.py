@@ -180,12 +180,14 @@ def _compare_on_wandb(store: ResultStore, a: str, b: str, project: str | None, d
     from experiments.compare import compare
     from experiments.sides import to_run_filter
     from experiments.views import workspace
+    from experiments.views.comparison import to_markdown
 
     entity, slash, name = (project or "ENTITY/wush").partition("/")
     if not slash:
         raise ConfigError(f"--wandb {project}: write ENTITY/PROJECT, as in the address of the project's page")
     found = compare(store, a, b)
-    report = workspace.report(name, entity, to_run_filter(found.a), to_run_filter(found.b))
+    sides = to_run_filter(found.a), to_run_filter(found.b)
+    report = workspace.report(name, entity, *sides, differences=to_markdown(found))
     if definition:
         write_atomically(definition, workspace.to_json(report))
         print(f"report definition: {shown(definition)}")

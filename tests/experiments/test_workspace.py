@@ -119,6 +119,14 @@ def test_the_comparison_has_kl_perplexity_bits_blocks_and_means_by_choice() -> N
         assert [key["name"] for key in runset["grouping"]] == [f"choices.value.{group}" for group in CHOICES]
 
 
+def test_the_paired_differences_stand_before_the_panels() -> None:
+    found = json.loads(to_json(report("wush", "team", A, B, differences="| KL | -0.1 ± 0.02* |")))
+    kinds = [block["type"] for block in found["spec"]["blocks"]]
+    assert kinds.index("markdown-block") < kinds.index("panel-grid")
+    assert "| KL | -0.1 ± 0.02* |" in list(strings(found))
+    assert "markdown-block" not in [block["type"] for block in spec()["spec"]["blocks"]]
+
+
 def test_no_two_panels_of_a_grid_overlap() -> None:
     for grid in grids(spec()):
         taken = [
