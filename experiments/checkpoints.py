@@ -179,7 +179,7 @@ def _report(values: dict[str, Any]) -> "wush.BlockReport":
     import wush
 
     def layer(own: dict[str, Any]) -> wush.LayerReport:
-        loss = None if own["loss"] is None else wush.LayerLoss(**own["loss"])
-        return wush.LayerReport(**own | {"shared_input": tuple(own["shared_input"]), "loss": loss})
+        lost = None if own["lost"] is None else wush.Lost(**own["lost"])
+        return wush.LayerReport(**own | {"shared_input": tuple(own["shared_input"]), "lost": lost})
 
     return wush.BlockReport(**values | {"layers": tuple(map(layer, values["layers"]))})

@@ -24,7 +24,7 @@ NEWEST = 10  # an estimate is made of so many trials at most, those that finishe
 LARGEST_RATIO = 100.0  # between the sizes of two models, beyond which one says nothing about the other
 TEXT_OF_STAGE: Final = {"quantize": "calibration", "original": "evaluation", "evaluate": "evaluation"}
 
-FIELDS: Final = ("model", "algorithm", "format", "transform", "calibration", "evaluation", "quantize")
+FIELDS: Final = ("model", "algorithm", "format", "transform", "calibration", "evaluation", "quantize", "measure")
 _PATHS: Final = (
     *("$.trial_id", "$.choices.model", "$.environment.device", "$.finished_at", "$.stages"),
     *("$.data.calibration.tokens", "$.data.evaluation.tokens"),
@@ -43,6 +43,7 @@ class Kind:
     calibration: str
     evaluation: str
     quantize: str
+    measure: str
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Kind":
@@ -52,7 +53,9 @@ class Kind:
     @classmethod
     def of_texts(cls, texts: Sequence[str | None]) -> "Kind":
         """The kind of a config whose parts are given as JSON, in the order of `FIELDS`."""
-        return cls._of({name: _seedless_text(text) for name, text in zip(FIELDS, texts, strict=True)})
+        parts = dict(zip(FIELDS, texts, strict=True))
+        parts["measure"] = parts["measure"] or "{}"  # records of before it was a part of configs
+        return cls._of({name: _seedless_text(text) for name, text in parts.items()})
 
     @classmethod
     def _of(cls, parts: dict[str, str]) -> "Kind":

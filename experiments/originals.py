@@ -1,16 +1,18 @@
 """Original models, loaded once for trials that follow one another in a process, and what is made of them alone.
 
 On a CPU the untouched model is kept and each trial gets a copy; on a GPU, where loading is fast and memory dear,
-each trial loads its own. Windows of tokens and the last hidden states that evaluations compare with are kept in
-either case. Keys are identities, so that a model or text that has changed is another one.
+each trial loads its own, and an untouched one is kept on the CPU for those that measure against it. Windows of tokens
+and the last hidden states that evaluations compare with are kept in either case. Keys are identities, so that a model
+or text that has changed is another one.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hydra.utils import instantiate
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from experiments.identity import hash_of
@@ -35,7 +37,12 @@ class Originals:
         if device != "cpu":
             return instantiate(node, device=device)
         self._model = self._model or instantiate(node, device=device)
-        return LoadedModel(copy.deepcopy(self._model.model), self._model.tokenizer)
+        return replace(self._model, model=copy.deepcopy(self._model.model))
+
+    def untouched(self, node: dict[str, Any]) -> nn.Module:
+        """The model of `load` as it is, on the CPU and not to be changed; for a GPU's trial it is loaded once more."""
+        self._model = self._model or instantiate(node, device="cpu")
+        return self._model.model
 
     def windows(self, text: dict[str, Any], cut: Callable[[], Tensor]) -> Tensor:
         """The windows of a text's identity, cut the first time."""

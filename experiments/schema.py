@@ -249,7 +249,11 @@ Tracking = Annotated[NoTracking | Wandb, Field(discriminator="target")]
 class Quantize(_Strict):
     exclude: list[str]
     blocks: list[NonNegativeInt] | None
-    layer_loss: bool
+
+
+class Measure(_Strict):
+    layer_loss: Literal["calibration", "held_out"] | None
+    windows: PositiveInt | None
 
 
 def _device(value: str) -> str:
@@ -277,6 +281,7 @@ class TrialConfig(_Strict):
     calibration: Text
     evaluation: Evaluation
     quantize: Quantize
+    measure: Measure
     seed: NonNegativeInt
     tracking: Tracking
     device: Annotated[str, AfterValidator(_device)]

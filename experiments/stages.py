@@ -1,12 +1,14 @@
 """What an attempt at a trial does, stage by stage, and the record that comes of it.
 
-model + tokenizer -> windows of the texts -> quantized decoder blocks -> metrics on the held-out text -> tasks -> record
+model + tokenizer -> windows of the texts -> quantized decoder blocks -> their errors against the original -> metrics on
+the held-out text -> tasks -> record
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,10 @@ from experiments.attempts import Watched
 from experiments.checkpoints import Checkpoint, tokens_of
 from experiments.environment import measured
 from experiments.identity import WINDOWS, hash_of, text_of
-from experiments.records import Block, BlockError, Data, Metrics, Record, Stage, Task, now
+from experiments.records import Block, BlockError, Data, LayerLoss, Lost, Metrics, Record, Stage, Task, Windows, now
 from experiments.tracking import Tracking
 from wush import backends
+from wush.lost import warn
 from wush.progress import Progress
 from wush.texts import PAD, batches, sha256_of_ids
 from wush.version import METHOD_VERSION
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELD_OUT = "held_out"
+HELD_OUT, MEASURED = "held_out", "measured"
 
 
 class Stages:
@@ -65,7 +68,8 @@ class Stages:
         self._checkpoint.depends_on(**tokens_of(self._found.data))
         states = self._states(loaded, held_out)
         if calibration is not None:
-            self._quantize(loaded, calibration, held_out)
+            self._quantize(loaded, calibration)
+            self._measure(loaded, calibration, held_out)
         self._evaluate(loaded, held_out, states)
         for spec in specs:
             assert harness is not None
@@ -85,6 +89,7 @@ class Stages:
         with measured(self._found.stages, "load", self._found.device):
             loaded = self._originals.load(self._config["model"], self._identity["model"], self._found.device)
         self._found.bits_per_weight = float(loaded.model.dtype.itemsize * 8)
+        self._found.note = loaded.note
         self._found.revision = getattr(loaded.model.config, "_commit_hash", None)
         return loaded
 
@@ -121,7 +126,7 @@ class Stages:
         with measured(self._found.stages, "original", self._found.device):
             return self._originals.states(text_of(self._identity["evaluation"]), make)
 
-    def _quantize(self, loaded: LoadedModel, calibration: Tensor, held_out: Tensor) -> None:
+    def _quantize(self, loaded: LoadedModel, calibration: Tensor) -> None:
         def on_block(report: wush.BlockReport) -> None:
             found.blocks.append(_block(report))
             watched.note = f"{report.name}: relative error {report.relative_mse:.2e}"
@@ -139,18 +144,48 @@ class Stages:
                 algorithm=instantiate(config["algorithm"]),
                 exclude=options["exclude"],
                 blocks=options["blocks"],
-                held_out=held_out.split(found.batch_size("evaluation")) if options["layer_loss"] else None,
                 report=report,
                 progress=watched,
                 on_block=on_block,
                 saved=self._checkpoint,
                 settings=backends.Settings(config["kernels"], config["keep_operands"]),
             )
-        found.bits_per_weight, found.skipped = report.bits_per_weight, report.skipped
+        found.bits_per_weight, found.quantized_share = report.bits_per_weight, report.quantized_share
+        found.skipped, found.lost["calibration"] = report.skipped, _lost(report.lost)
         if restored:
             log.info("%d of %d decoder blocks restored from an earlier attempt", len(restored), len(found.blocks))
             seconds = {block.index: block.seconds for block in found.blocks}
             found.stages["quantize"].seconds += sum(seconds[index] for index in restored)
+
+    def _measure(self, loaded: LoadedModel, calibration: Tensor, held_out: Tensor) -> None:
+        """Errors of the blocks on held-out tokens, and of layers where asked for; restored from an earlier attempt."""
+        found, saved = self._found, self._checkpoint.evaluation(MEASURED)
+        first = saved is None
+        if saved is None:
+            with measured(found.stages, "measure", found.device):
+                blocks = [asdict(block) for block in self._measured(loaded, calibration, held_out)]
+            saved = {"blocks": blocks, "stage": found.stages["measure"].model_dump()}
+            self._checkpoint.save_evaluation(MEASURED, saved)
+        found.stages["measure"] = Stage(**saved["stage"])
+        measurements = {block["index"]: block for block in saved["blocks"]}
+        found.blocks = [_with_measured(block, measurements.get(block.index)) for block in found.blocks]
+        if first:
+            self._tracking.measured(found.blocks)
+
+    def _measured(self, loaded: LoadedModel, calibration: Tensor, held_out: Tensor) -> list[wush.Measured]:
+        wanted, original = self._config["measure"], self._originals.untouched(self._config["model"])
+
+        def errors(windows: Tensor, text: str, layer_losses: bool) -> list[wush.Measured]:
+            size, progress = self._found.batch_size(text), self._watched()
+            return wush.measure(
+                original, loaded.model, windows, layer_losses=layer_losses, batch_size=size, progress=progress
+            )
+
+        found = errors(_some(held_out, wanted["windows"]), "evaluation", wanted["layer_loss"] == "held_out")
+        if wanted["layer_loss"] != "calibration":
+            return found
+        losses = errors(calibration, "calibration", layer_losses=True)
+        return [replace(block, losses=other.losses) for block, other in zip(found, losses, strict=True)]
 
     def _evaluate(self, loaded: LoadedModel, held_out: Tensor, states: Tensor) -> None:
         found, saved = self._found, self._checkpoint.evaluation(HELD_OUT)
@@ -159,14 +194,20 @@ class Stages:
                 size = found.batch_size("evaluation")
                 evaluation = wush.evaluate(loaded.model, held_out, states, batch_size=size, progress=self._watched())
             values = asdict(evaluation)
+            saved = {"windows": values.pop("windows"), "lost": values.pop("lost"), "metrics": values}
             wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
             if wrong:
                 raise wush.NumericError(f"{', '.join(wrong)}: no result; look for the first such block in the log")
-            saved = {"metrics": values, "stage": found.stages["evaluate"].model_dump()}
-            saved["kernels"] = backends.chosen(loaded.model)
+            saved |= {"stage": found.stages["evaluate"].model_dump(), "kernels": backends.chosen(loaded.model)}
             self._checkpoint.save_evaluation(HELD_OUT, saved)
+        else:
+            warn({name: wush.Lost(**lost) for name, lost in saved["lost"].items()}, instantiate(self._config["format"]))
         found.stages["evaluate"] = Stage(**saved["stage"])
-        found.metrics = Metrics(**saved["metrics"], bits_per_weight=found.bits_per_weight)
+        found.metrics = Metrics(
+            **saved["metrics"], bits_per_weight=found.bits_per_weight, quantized_share=found.quantized_share
+        )
+        found.windows = Windows(**saved["windows"])
+        found.lost["evaluation"] = {name: Lost(**lost) for name, lost in saved["lost"].items()}
         found.kernels = saved["kernels"]
 
     def _run_task(self, harness: Harness, spec: TaskSpec, loaded: LoadedModel) -> None:
@@ -193,16 +234,32 @@ def _file_name(task: str) -> str:
     return f"task-{plain}" if plain == task else f"task-{plain}-{hash_of(task)}"
 
 
-def _block(report: wush.BlockReport) -> Block:
-    def layer(own: dict[str, Any]) -> dict[str, Any]:
-        loss = own["loss"]
-        return own | {
-            "loss": loss and {"even": loss["predicted"]} | {k: v for k, v in loss.items() if k != "predicted"}
-        }
+def _some(windows: Tensor, count: int | None) -> Tensor:
+    """So many of the windows, evenly spaced; all of them for None."""
+    if count is None or count >= len(windows):
+        return windows
+    return windows[[index * len(windows) // count for index in range(count)]]
 
+
+def _lost(lost: Mapping[str, wush.Lost]) -> dict[str, Lost]:
+    return {name: Lost(**asdict(one)) for name, one in lost.items()}
+
+
+def _block(report: wush.BlockReport) -> Block:
     values = asdict(report)
     error = BlockError(mse=values.pop("mse"), relative=values.pop("relative_mse"))
-    return Block.model_validate(values | {"calibration": error, "layers": [layer(one) for one in values["layers"]]})
+    for layer in values["layers"]:
+        del layer["lost"]
+    return Block.model_validate(values | {"calibration": error})
+
+
+def _with_measured(block: Block, found: dict[str, Any] | None) -> Block:
+    """A block with what was measured of it; nothing was if none of its linears is quantized."""
+    if found is None:
+        return block
+    losses = {name: LayerLoss(**loss) for name, loss in found["losses"].items()}
+    layers = [layer.model_copy(update={"loss": losses.get(layer.name)}) for layer in block.layers]
+    return block.model_copy(update={"held_out": BlockError(**found["error"]), "layers": layers})
 
 
 def _record(found: Findings, restored_blocks: int) -> Record:
@@ -213,7 +270,9 @@ def _record(found: Findings, restored_blocks: int) -> Record:
         choices=found.trial.choices,
         config=found.trial.config,
         metrics=found.metrics,
+        windows=found.windows,
         blocks=found.blocks,
+        lost={text: lost for text, lost in found.lost.items() if lost},
         skipped=found.skipped,
         tasks=found.tasks,
         stages=found.stages,
@@ -226,6 +285,7 @@ def _record(found: Findings, restored_blocks: int) -> Record:
         versions=found.environment["versions"],
         git_commit=found.environment["git_commit"],
         model_revision=found.revision,
+        model_note=found.note,
         method_version=METHOD_VERSION,
         environment=machine,
         started_at=found.started,

@@ -12,7 +12,7 @@ import shlex
 import ssl
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -33,13 +33,19 @@ FINISH_SECONDS = 8  # for what is left of a run to be sent
 
 
 class Tracking(Protocol):
-    """A tracker of one trial at a time: `start`, each `block`, then `finish`, `fail` or `interrupt`; or only `skip`."""
+    """A tracker of one trial at a time: `start`, each `block`, `measured`; `finish`, `fail` or `interrupt` at the end.
+
+    Or only `skip`.
+    """
 
     def start(self, trial_id: str, choices: dict[str, str], config: dict[str, Any], sweep: str, root: Path) -> None:
         """A trial begins, or goes on under the same id."""
 
     def block(self, block: Block) -> None:
         """A decoder block is done, by this attempt: a block that is restored is not told again."""
+
+    def measured(self, blocks: Sequence[Block]) -> None:
+        """The blocks' errors on held-out tokens are known, by this attempt."""
 
     def task(self, task: Task) -> None:
         """A task of the evaluation is done, by this attempt or an earlier one."""
@@ -64,6 +70,9 @@ class NoTracking:
         pass
 
     def block(self, block: Block) -> None:
+        pass
+
+    def measured(self, blocks: Sequence[Block]) -> None:
         pass
 
     def task(self, task: Task) -> None:
@@ -111,6 +120,11 @@ class WandbTracking:
         if run is not None:
             # The step is the block: W&B takes each step once, so a block that two attempts computed is one point.
             self._guard(lambda: run.log(values, step=block.index, commit=True))
+
+    def measured(self, blocks: Sequence[Block]) -> None:
+        run = self._run
+        if run is not None:
+            self._guard(lambda: _log_held_out(run, blocks))
 
     def task(self, task: Task) -> None:
         run, values = self._run, {f"task/{task.name}": task.score}
@@ -221,6 +235,14 @@ class WandbTracking:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         log.warning("W&B: %s; this trial goes on untracked", _one_line(error))
+
+
+def _log_held_out(run: wandb.Run, blocks: Sequence[Block]) -> None:
+    """In steps after those of the blocks as they were quantized."""
+    for block in blocks:
+        if block.held_out is not None:
+            errors = {"block/held_out_mse": block.held_out.mse, "block/held_out_relative_mse": block.held_out.relative}
+            run.log({"block": block.index} | errors, step=blocks[-1].index + 1 + block.index, commit=True)
 
 
 def _settings() -> wandb.Settings:

@@ -21,7 +21,7 @@ from experiments.environment import code_versions
 from experiments.failures import ADVICE, Kind, classify, may_go_on, memory_failures
 from experiments.identity import text_of
 from experiments.logs import logged, one_line
-from experiments.records import Block, Data, Failure, Metrics, Record, Stage, Task, now
+from experiments.records import Block, Data, Failure, Lost, Metrics, Record, Stage, Task, Windows, now
 from experiments.store import ResultStore
 from experiments.tracking import Tracking
 from wush.progress import Progress
@@ -74,8 +74,12 @@ class Findings:
     blocks: list[Block] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
+    note: str | None = None
     bits_per_weight: float = math.nan
+    quantized_share: float = 0.0
     metrics: Metrics | None = None
+    windows: Windows | None = None
+    lost: dict[str, dict[str, Lost]] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     kernels: dict[str, list[str]] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from wush.backends import flushed_groups
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
-from wush.lost import Lost, counting
+from wush.lost import Lost, counting, warn
 from wush.modes import in_evaluation_mode
 from wush.progress import Progress, Silent
 from wush.texts import Batch, batches
@@ -116,7 +116,10 @@ def evaluate(
                 if not sums[row].finite:
                     raise NumericError(_what_is_wrong(model, window, ours, theirs))
     _warn_of_flushed(flushed_groups(_device(model)) - flushed)
-    return _means([one for one in sums if one is not None], count.found())
+    lost = count.found()
+    if count.format is not None:
+        warn(lost, count.format)
+    return _means([one for one in sums if one is not None], lost)
 
 
 @dataclass(frozen=True)

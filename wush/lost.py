@@ -44,6 +44,7 @@ class Count:
     """Counts of layers by name, on their device until they are asked for."""
 
     def __init__(self) -> None:
+        self.format: Format | None = None  # of the layers counted
         self._sums: dict[str, Tensor] = {}
         self._last: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
@@ -58,6 +59,7 @@ class Count:
             self._last = x, same, _counts(x, layer.transform, layer.format, window)
         own = self._last[2]
         self._sums[name] = self._sums[name] + own if name in self._sums else own
+        self.format = layer.format
 
     def found(self) -> dict[str, Lost]:
         """Of the layers that lost something; waits for the device."""
@@ -82,8 +84,8 @@ def counting(module: nn.Module) -> Iterator[Count]:
             handle.remove()
 
 
-def warn(lost: Mapping[str, Lost], text: str, fmt: Format) -> None:
-    """One warning for all layers that lost groups on the `text`, which names the worst and says what to do."""
+def warn(lost: Mapping[str, Lost], fmt: Format, text: str = "evaluated") -> None:
+    """One warning for all layers that lost groups on a text, which names the worst and says what to do."""
     if not lost:
         return
     worst = sorted(lost, key=lambda name: lost[name].share, reverse=True)[:NAMED]

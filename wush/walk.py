@@ -113,7 +113,7 @@ def quantize(
             on_block(done)
     if not any(block.layers for block in report.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
-    warn(report.lost, "calibration", format)
+    warn(report.lost, format, "calibration")
     return model
 
 

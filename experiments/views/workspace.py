@@ -128,9 +128,9 @@ def _of_trials() -> list[wr.PanelTypes]:
             layout=wr.Layout(HALF, HEIGHT, HALF, HEIGHT),
         ),
         wr.LinePlot(
-            title="Relative error of each decoder block",
+            title="Relative error of each decoder block, held out and in calibration",
             x="block",
-            y=["block/relative_mse"],
+            y=["block/held_out_relative_mse", "block/relative_mse"],
             log_y=True,
             layout=wr.Layout(0, top, FULL, HEIGHT),
         ),

@@ -158,7 +158,7 @@ def test_an_evaluation_that_was_saved_is_not_repeated(tmp_path: Path, monkeypatc
     monkeypatch.setattr("wush.evaluate", None, raising=False)
     again = own.run(trial)
     assert isinstance(again, Record)
-    assert set(again.stages) == {"load", "original", "quantize", "evaluate"}
+    assert set(again.stages) == {"load", "original", "quantize", "measure", "evaluate"}
 
 
 def test_warnings_of_restored_blocks_are_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

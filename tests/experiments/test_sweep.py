@@ -99,7 +99,7 @@ def test_a_record_holds_all_that_the_result_depends_on(cli: Cli) -> None:
     assert record.data["calibration"].tokens == 2 * 32
     assert [block.index for block in record.blocks] == [0, 1]
     assert all(block.calibration.mse > 0 and len(block.layers) == 7 for block in record.blocks)
-    assert set(record.stages) == {"load", "original", "quantize", "evaluate"}
+    assert set(record.stages) == {"load", "original", "quantize", "measure", "evaluate"}
     assert all(stage.peak_memory_bytes > 10**7 for stage in record.stages.values())  # type: ignore[operator]
     assert torch.__version__.startswith(record.versions["torch"])
     assert set(record.environment) == {"host", "platform", "processor", "cores", "threads", "device"}
@@ -368,7 +368,9 @@ def test_a_trial_that_another_process_finished_meanwhile_is_not_run_again(
 
 
 def test_a_metric_that_is_not_finite_fails_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = wush.Evaluation(perplexity=math.inf, perplexity_original=2.0, kl=1.0, top1=0.5, predictions=62)
+    sums = wush.WindowSums(nll=[1.0], nll_original=[1.0], kl=[1.0], agree=[31], predictions=[62])
+    values = {"perplexity_original": 2.0, "kl": 1.0, "top1": 0.5, "predictions": 62}
+    found = wush.Evaluation(perplexity=math.inf, **values, windows=sums, lost={})
     monkeypatch.setattr("wush.evaluate", lambda *_, **__: found, raising=False)
     with pytest.raises(driver.SweepFailed):
         run(sweep.plan([composed(f"results={tmp_path}")], []))

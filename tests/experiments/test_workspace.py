@@ -110,6 +110,7 @@ def test_the_comparison_has_kl_perplexity_bits_blocks_and_means_by_choice() -> N
         "kl",
         "perplexity",
         "bits_per_weight",
+        "block/held_out_relative_mse",
         "block/relative_mse",
     }
     _, means = grids(found)
