@@ -3,8 +3,8 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.identity import NEUTRAL, NEUTRAL_OF_TEXT, TEXTS, UNUSED_BY_BASELINE, Identities, hash_of, is_baseline
@@ -19,10 +19,14 @@ LABELLING_GROUPS = ("model", "format", "transform", "algorithm")
 
 @dataclass(frozen=True)
 class Composed:
-    """A config as Hydra composed it, resolved, with the option chosen of each group."""
+    """A config as Hydra composed it, resolved, with the option chosen of each group.
+
+    `typed`: the texts of values as `schema.validate` takes them.
+    """
 
     config: dict[str, Any]
     choices: dict[str, str]
+    typed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class Sweep:
     trials: tuple[Trial, ...]
     store: ResultStore
     progress: Any
+
+
+def typed(overrides: Iterable[str]) -> dict[str, str]:
+    """The texts that overrides give their keys."""
+    pairs = (override.lstrip("+").partition("=") for override in overrides)
+    return {key: text.strip() for key, equals, text in pairs if equals}
 
 
 def plan(composed: Sequence[Composed], overrides: Sequence[str], problems: Iterable[str] = ()) -> Sweep:
@@ -68,7 +78,7 @@ def _validated(
     validator = _Validator()
     for one in composed:
         try:
-            config = validator.validated(one.config)
+            config = validator.validated(one)
             parts.append(identities.identity(config))
             valid.append(Composed(config, one.choices))
         except ValueError as error:
@@ -85,11 +95,12 @@ class _Validator:
     def __init__(self) -> None:
         self._parts: dict[tuple[str, type, Any], Any] = {}
 
-    def validated(self, config: dict[str, Any]) -> dict[str, Any]:
+    def validated(self, composed: Composed) -> dict[str, Any]:
         """The plain values of the typed config, in the schema's order; raises `ConfigError`."""
+        config = composed.config
         known = {name: self._key(name, config.get(name)) for name in TrialConfig.model_fields}
         if config.keys() != known.keys() or not all(key in self._parts for key in known.values()):
-            plain = validate(config).model_dump(mode="json", by_alias=True)
+            plain = validate(config, composed.typed).model_dump(mode="json", by_alias=True)
             for name, key in known.items():
                 self._parts.setdefault(key, plain[name])
         return {name: self._parts[key] for name, key in known.items()}
