@@ -21,6 +21,7 @@ from plots.platinum_tasks import Suite, suites
 from plots.records import BASELINE, Records
 from plots.reference import BENCHMARKS, Platinum, Unreadable, read
 from plots.settings import MODELS, order, shown
+from plots.tables.table import particular
 
 Method = tuple[str, str | None, str | None]
 Array = NDArray[np.float64]
@@ -167,7 +168,8 @@ def _source(ours: Sequence[Suite]) -> str:
     machines = ", ".join(sorted({trial.device for trial in trials}))
     left_out = [f"{suite.model}: {text}" for suite in ours for text in suite.left_out]
     others = f"; not shown: {', '.join(left_out)}" if left_out else ""
-    return f"published ({style.SOURCE}) and ours ({len(trials)} trials on {machines}{others})"
+    notes = "".join(f"; {note}" for note in particular(trials))
+    return f"published ({style.SOURCE}) and ours ({len(trials)} trials on {machines}{others}{notes})"
 
 
 def _average_caption(panels: Sequence[Panel]) -> str:
