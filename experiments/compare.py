@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from statistics import fmean
 from typing import Final, cast, get_args
 
@@ -121,9 +122,10 @@ class Setting:
 
     @property
     def single(self) -> tuple[Finished, Finished] | None:
-        """The two trials of a setting that has no more."""
-        (first, *others) = self.pairs
-        return (first.a[0], first.b[0]) if not others and len(first.a) == len(first.b) == 1 else None
+        """The two trials of a setting that has no more, or none with other numbers: whose seeds change nothing."""
+        a, b = ([trial for pair in self.pairs for trial in side(pair)] for side in (attrgetter("a"), attrgetter("b")))
+        alike = all(trial.metrics == side[0].metrics for side in (a, b) for trial in side)
+        return (a[0], b[0]) if alike else None
 
     def _difference(self, metric: Metric) -> Difference:
         a, b = ([metric.of(side) for side in sides] for sides in zip(*((p.a, p.b) for p in self.pairs), strict=True))
@@ -194,12 +196,14 @@ def compare(store: ResultStore, a: str, b: str) -> Comparison:
 
 
 def _with_windows(store: ResultStore, settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
-    """The settings, with windows and outcomes where they are a single pair of trials, whose interval is over these."""
+    """The settings, with windows and outcomes of single pairs of trials, whose intervals are over these."""
     found = loaded(store, [trial for setting in settings for trial in setting.single or ()])
-    return tuple(
-        replace(one, pairs=(Pair(*((found[trial.trial_id],) for trial in one.single)),)) if one.single else one
-        for one in settings
-    )
+
+    def filled(pair: Pair) -> Pair:
+        a, b = (tuple(found.get(trial.trial_id, trial) for trial in side) for side in (pair.a, pair.b))
+        return Pair(a, b)
+
+    return tuple(replace(one, pairs=tuple(map(filled, one.pairs))) for one in settings)
 
 
 # --- which trials are partners

@@ -22,8 +22,8 @@ SETTINGS_SHOWN = 40
 TRIALS_SHOWN = 3
 REASONS_SHOWN = 6
 LEGEND = (
-    "B - A ± 95% interval: of one pair bootstrapped over the windows (a task's documents) that both saw, of several "
-    "Student's t over pairs; * it excludes 0"
+    "B - A ± 95% interval, bootstrapped over the windows (a task's documents) of one pair, Student's t over several; "
+    "* excludes 0"
 )
 
 

@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.records import Outcome, Record, Result
+from experiments.records import Outcome, Record
 from experiments.replicates import Replicates, is_seed, replicates
 from experiments.schema import ConfigError
 from experiments.store import DamagedRecord
@@ -23,8 +23,7 @@ from experiments.views.report_plots import SHAPES, Panel, Trial, panel
 from experiments.views.report_table import DASH, SEEDS, Column, columns_of, seconds, status, table_rows
 from experiments.views.selection import TELLING, best_trial, comparable, originals, telling, variant
 from experiments.views.summary import OLD, SHARE
-from experiments.views.values import MOST_ROWS, PLUS_MINUS, measured, share_told
-from wush.intervals import Metric
+from experiments.views.values import MOST_ROWS, PLUS_MINUS, facts, measured, share_told
 
 MAX_DETAILS = 100
 MAX_PANELS = 8
@@ -114,7 +113,7 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
     return [
         f"{PLUS_MINUS}.",
         "Gap: perplexity above the original model's.",
-        "Bold: the best, the lowest KL before all; a perplexity below the original's is none.",
+        "Bold: the best of a column, KL before all; never a perplexity below the original's, which is another model's.",
         *([f"{SHARE[0].upper()}{SHARE[1:]}."] if any(share_told(result.metrics) for result in results) else []),
         "Time: the sum of a trial's stages.",
         *(["Reused: done before this sweep began."] if any(outcome.earlier for outcome in outcomes) else []),
@@ -171,28 +170,6 @@ def _trials(members: Sequence[Replicates], linked: set[str]) -> list[Trial]:
         )
         for one in members
     ]
-
-
-def facts(record: Record) -> dict[str, str]:
-    """What a finished trial measured, each with its interval."""
-    result = Result.of(record)
-
-    def told(metric: Metric, digits: int, scale: float = 1.0) -> str:
-        return measured([result], metric).scaled(scale).told(f"{{:.{digits}f}}".format)
-
-    metrics, windows = record.metrics, len(record.windows.kl) if record.windows else None
-    share = share_told(metrics)
-    lost = {text: sum(one.clipped + one.flushed for one in own.values()) for text, own in record.lost.items()}
-    return {
-        "KL": f"{told('kl', 4)} nats",
-        "Perplexity": f"{told('perplexity', 3)}, original {metrics.perplexity_original:.3f}",
-        "Top-1": f"{told('top1', 2, 100)}%",
-        "Measured": f"{metrics.predictions:,} predictions" + (f" in {windows:,} windows" if windows else ""),
-        "Bits/weight": f"{metrics.bits_per_weight:.3f}" + (f", {share} of the weights quantized" if share else ""),
-        **({"Original": record.model_note} if record.model_note else {}),
-        **{f"Lost, {text}": f"{count:,} groups outside the format's window" for text, count in lost.items() if count},
-        "Method": f"version {record.method_version}" + (" (old)" if result.old else ""),
-    }
 
 
 # --- how values are written

@@ -147,6 +147,16 @@ def test_one_pair_is_compared_window_by_window(store: Recorded, count: int) -> N
         assert alone.high - alone.low > 5 * (kl.interval.high - kl.interval.low), "what the text varies cancels"
 
 
+def test_seeds_that_change_nothing_are_one_pair_and_not_a_difference_without_noise(store: Recorded) -> None:
+    own = {"h": windows(0.3), "i": windows(0.3001)}
+    for seed in (0, 1, 2):
+        for transform, found in own.items():
+            store.add(intervals.value(found, "kl"), f"transform={transform}", f"seed={seed}", windows=found)
+    (setting,) = store.compare("transform=h", "transform=i").settings
+    assert len(setting.pairs) == 3
+    assert of(setting, "kl").interval == intervals.paired(own["h"], own["i"], "kl")
+
+
 def test_means_over_seeds_of_one_side_have_the_interval_of_that_side(store: Recorded) -> None:
     for seed, kl in enumerate((0.2, 0.22, 0.24)):
         store.add(kl, "transform=r", f"transform.seed={seed}", windows=windows(kl))
@@ -219,9 +229,11 @@ def test_trials_of_another_method_are_no_partners_and_are_called_old(store: Reco
 
 
 def test_what_is_measured_besides_makes_no_other_partner(store: Recorded) -> None:
-    store.add(0.3, "transform=h")
+    store.add(0.3, "transform=h", "measure.windows=1")
     store.add(0.2, "transform=wush")
-    assert all(not key.startswith("measure.") for key in store.compare("transform=h", "transform=wush").differing)
+    found = store.compare("transform=h", "transform=wush")
+    assert found.unpaired == ()
+    assert found.differing == ("transform",)
 
 
 def test_the_share_quantized_is_compared_where_it_is_not_all(store: Recorded) -> None:
@@ -384,7 +396,7 @@ def two(store: Recorded) -> Recorded:
     """Two settings, the first with two seeds."""
     for seed in (0, 1):
         store.add(0.3, "transform=h", f"seed={seed}")
-        store.add(0.2, "transform=wush", f"seed={seed}")
+        store.add(0.2 + 0.01 * seed, "transform=wush", f"seed={seed}")
     store.add(0.3, "transform=h", "format=nvfp4", bits=4.5)
     store.add(0.25, "transform=wush", "format=nvfp4", bits=4.5)
     store.add(0.2, "transform=wush", "format=int4")
@@ -397,19 +409,22 @@ def test_the_table_fits_a_terminal_and_marks_clear_differences(two: Recorded) ->
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
-    assert any(line.split()[-6:] == ["nats", "0.3000", "0.2000", "-0.1000", "±", "0.0000*"] for line in lines)
+    assert any(line.split()[-6:] == ["nats", "0.3000", "0.2050", "-0.0950", "±", "0.0635*"] for line in lines)
     assert any(line.split()[-5:] == ["KL,", "nats", "0.3000", "0.2500", "-0.0500"] for line in lines)
 
 
 def test_files_hold_the_same_numbers(two: Recorded) -> None:
     found = two.compare("transform=h", "transform=wush")
-    assert r"| mxfp4 | 2 | KL, nats | 0.3000 | 0.2000 | -0.1000 ± 0.0000\* |" in to_markdown(found)
+    assert r"| mxfp4 | 2 | KL, nats | 0.3000 | 0.2050 | -0.0950 ± 0.0635\* |" in to_markdown(found)
     rows = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert len(rows) == 2 * 4
-    assert [float(row["difference"]) for row in rows if row["metric"] == "kl"] == pytest.approx([-0.1, -0.05])
+    assert [float(row["difference"]) for row in rows if row["metric"] == "kl"] == pytest.approx([-0.095, -0.05])
+    ends = [(row["low"], row["high"]) for row in rows if row["metric"] == "kl"]
+    assert [float(end) for end in ends[0]] == pytest.approx([-0.1585, -0.0315], abs=1e-4)
+    assert ends[1] == ("", "")
     assert {float(row["a"]) for row in rows if row["metric"] == "top1"} == {0.5}
     content = json.loads(to_json(found))
-    assert content["settings"][0]["metrics"]["kl"]["difference"] == pytest.approx(-0.1)
+    assert content["settings"][0]["metrics"]["kl"]["difference"] == pytest.approx(-0.095)
     assert [len(setting["pairs"]) for setting in content["settings"]] == [2, 1]
     assert [one["side"] for one in content["unpaired"]] == ["B"]
 

@@ -377,6 +377,14 @@ def test_trials_that_differ_by_seed_are_one_row_with_mean_interval_and_number() 
     assert table.rows[0][place["seeds"]] == "-"
 
 
+def test_seeds_that_change_nothing_have_the_interval_of_one_trial() -> None:
+    same = [with_windows(one) for one in seeds_of("h", 0.62, 0.62, 0.62)]
+    table = tabulate(same)
+    place = table.columns.index("KL")
+    assert [row[place] for row in table.rows] == [tabulate(same[:1]).rows[0][place]]
+    assert re.fullmatch(r"0\.6200 ± 0\.01\d\d", table.rows[0][place])
+
+
 def test_a_seed_that_is_not_done_keeps_its_own_row() -> None:
     first, second, third = seeds_of("h", 0.62, 0.6, 0.64)
     waiting = replace(third, result=None)

@@ -81,6 +81,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     tracking = WandbTracking("wush", None, "offline")
     tracking.start("abc123", CHOSEN, config(), "sweep-a", tmp_path)
     tracking.block(a_block(0))
+    tracking.measured([a_block(0)])
     tracking.finish(record("abc123"))
     wandb.teardown()  # writes what is not in the file yet
     (messages,) = runs(tmp_path)
@@ -88,7 +89,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_every_name_in_the_panels_is_one_that_tracking_logs(logged: list[Any]) -> None:
-    summary, history = set(summary_of(logged)), set(history_of(logged)[0])
+    summary, history = set(summary_of(logged)), set().union(*history_of(logged))
     choices = {f"config:choices.value.{group}" for group in CHOSEN}
     for panel in panels(spec()):
         shown = panel["config"]
