@@ -3,11 +3,20 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.identity import NEUTRAL, NEUTRAL_OF_TEXT, TEXTS, UNUSED_BY_BASELINE, Identities, hash_of, is_baseline
+from experiments.identity import (
+    BASELINE,
+    NEUTRAL,
+    NEUTRAL_OF_TEXT,
+    TEXTS,
+    UNUSED_BY_BASELINE,
+    Identities,
+    hash_of,
+    is_baseline,
+)
 from experiments.schema import ConfigError, TrialConfig, validate
 from experiments.store import ResultStore
 from experiments.trial import Trial
@@ -81,12 +90,23 @@ def _validated(
             config = validator.validated(one)
             parts.append(identities.identity(config))
             valid.append(Composed(config, one.choices))
+            found |= dict.fromkeys(_conflicts(config, one.choices))
         except ValueError as error:
             found |= dict.fromkeys(str(error).splitlines())
     found |= dict.fromkeys(_ways_to_run(valid))
     if found:
         raise ConfigError("\n".join(found))
     return valid, parts
+
+
+def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> Iterator[str]:
+    """What is wrong with keys that are each valid by themselves, and would fail only when a layer is quantized."""
+    fmt = config["format"]["_target_"]
+    if config["algorithm"]["_target_"] == "wush.MrGptq" and fmt not in (BASELINE, "wush.Mxfp4", "wush.Nvfp4"):
+        yield (
+            f"algorithm={choices.get('algorithm', 'mr_gptq')}: is for mxfp4 and nvfp4, not for "
+            f"format={choices.get('format', fmt)}; use algorithm=gptq, or start two sweeps"
+        )
 
 
 class _Validator:
