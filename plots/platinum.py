@@ -68,7 +68,7 @@ def averages(records: Records) -> Figure:
     dots: list[Any] = [
         Line2D([], [], color=color, marker="o", linestyle="", label=name.upper()) for name, color in colors.items()
     ]
-    line = Line2D([], [], color=style.GREY, linestyle="--", label="original (published: BF16), one run")
+    line = Line2D([], [], color=style.GREY, linestyle="--", label="original (published: BF16, one run)")
     figure.legend(handles=[*dots, line], loc="outside upper center", ncols=len(dots) + 1)
     style.caption(figure, _average_caption(panels))
     return figure

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from plots import bound, claims, verdicts
+from plots import bound, claims, speeds, verdicts
 from plots.chosen import chosen, ordered
 from plots.heatmap import ABSENT, with_losses
 from plots.numbers import Number
@@ -203,4 +203,6 @@ BLOCKS: Final[dict[str, Callable[[Records], str]]] = {
     "verdicts": verdict_table,
     "theory": theory_table,
     "claims": claims.table,
+    "kernels": lambda _: speeds.kernels(),
+    "speed": lambda _: speeds.promises(),
 }
