@@ -1,13 +1,14 @@
 # make sweep: the main job. make test: the CPU test suite. Both make .venv from the lock file first.
 # ARGS adds Hydra overrides to the sweep (make sweep ARGS="algorithm=rtn,gptq") or options to pytest.
 # make bench: the times, memory and ratios that the project promises, measured here.
+# make records: every committed record anew, into plots/records (make records ARGS=--check compares instead).
 # make kernels-bench: the kernels, layers and models on this machine's GPU (make kernels-bench ARGS=--quick).
 
 PYTHON ?= python3
 ARGS ?=
 INSTALLED := .venv/.installed
 
-.PHONY: install sweep test bench kernels-bench check lock clean
+.PHONY: install sweep test bench kernels-bench records check lock clean
 
 install: $(INSTALLED)
 
@@ -30,6 +31,10 @@ bench: $(INSTALLED)
 
 kernels-bench: $(INSTALLED)
 	.venv/bin/python -m wush_kernels.bench $(ARGS)
+
+records: $(INSTALLED)
+	.venv/bin/python -m experiments.committed $(ARGS)
+	$(if $(filter --check,$(ARGS)),,.venv/bin/python -m plots readme)
 
 check: $(INSTALLED)
 	.venv/bin/ruff check .

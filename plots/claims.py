@@ -25,6 +25,7 @@ from wush_kernels.bench.record import RESULTS
 COSTS = Path(__file__).parents[1] / "experiments" / "benchmarks" / "results"  # seconds of a decoder block on a GPU
 WINDOWS = 1024  # of calibration, as the paper has
 HOLDS, AGAINST, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
+LOWEST = "WUSH has the lowest loss (in NVFP4 with WUS)"
 RULES = """\
 Ours is of the paper's model where that was run, else of the small models that were ("at small scale", on other tasks
 and texts). A claim holds or does not where the 95% interval of ours is on one side of what is asked, and is undecided
@@ -263,7 +264,7 @@ def _consistent(across: str, found: Mapping[str, Mapping[Method, Trial]]) -> Cla
                 told.append(f"{text} ({label})")
                 best, whole = best + count, whole + of
     word = HOLDS if best == whole else f"{HOLDS} in part" if 2 * best > whole else AGAINST
-    text = f"Table 1 is consistent across {across}: WUSH has the lowest loss (in NVFP4 with WUS)"
+    text = f"Table 1 is consistent across {across}: {LOWEST}"
     scale = "" if any(label.startswith(tuple(MODELS)) for label in found) else " at small scale"
     return Claim(text, "section 6.1", "yes, not shown", "; ".join(told) or NOT_RUN,
                  f"{word}{scale}" if whole else NOT_RUN)  # fmt: skip

@@ -11,7 +11,8 @@ from statistics import fmean
 
 from wush.intervals import Interval, Metric, Windows, of_metric, of_runs, paired, paired_documents
 
-Outcomes = Mapping[str, Sequence[float]]  # of each task of an average, its documents' values, in percent
+PERCENT = 100
+Outcomes = Mapping[str, Sequence[float]]  # of each task of an average in percent, its documents' values as shares
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _by_document(a: Number, b: Number) -> Interval | None:
         interval = paired_documents(own, theirs[name])
         if interval is None:
             return None
-        found.append((fmean(theirs[name]) - fmean(own), interval))
+        found.append((PERCENT * (fmean(theirs[name]) - fmean(own)), interval.scaled(PERCENT)))
     return _mean_of(found)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from experiments.records import Task
-from plots.numbers import Number, Sample, difference, mean_of
+from plots.numbers import PERCENT, Number, Sample, difference, mean_of
 from plots.records import BASELINE, Records, Trial
 from plots.reference import LmEval, read
 from plots.settings import MODELS, NAMES, Setting, by_key, method, or_none, order, shown
@@ -21,7 +21,6 @@ OPEN_LLM = {
     "winogrande": ("winogrande",),
 }
 PLATINUM = "platinum_"  # tasks of Figures 3 and 7-10
-PERCENT = 100
 NORMAL = 1.96  # standard errors on either side of a mean
 CARRIED = "algorithm not stated"
 # Rows of Table 2 whose published recoveries are those of arXiv 2509.23202, so that they were probably carried over.
@@ -133,7 +132,7 @@ def _of_documents(trial: Trial, known: tuple[str, ...]) -> Number:
     interval = of_documents(run.outcomes)
     if interval is None and error is not None:
         interval = Interval(run.values[task.metric] - NORMAL * error, run.values[task.metric] + NORMAL * error)
-    outcomes = {task.name: [PERCENT * one for one in run.outcomes]} if run.outcomes else {}
+    outcomes = {task.name: run.outcomes} if run.outcomes else {}
     return Number(value, interval=interval and interval.scaled(PERCENT), sample=Sample(outcomes=outcomes))
 
 
