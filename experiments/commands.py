@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments import plans
 from experiments.attempts import Attempts
-from experiments.launch import driver
+from experiments.launch import driver, plain_values
 from experiments.launch import jobs as slurm_jobs
 from experiments.launch.choose import launch_of
 from experiments.launch.settings import SlurmSettings, validate_launcher
@@ -151,13 +149,16 @@ def retry(store: ResultStore, name: str | None, launcher: str | None, overrides:
     plans.check_version(sweep)
     if launcher is not None:
         node = _launcher_node(launcher)
+    typed: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: write key=value, a key of hydra.launcher such as time=480")
-        node = dict(node) | {key.removeprefix("hydra.launcher."): yaml.safe_load(value)}
+        name_of_key = key.removeprefix("hydra.launcher.")
+        node = dict(node) | {name_of_key: plain_values.read(value)}
+        typed[f"hydra.launcher.{name_of_key}"] = value
     try:
-        driver.run(sweep, launch_of(validate_launcher(node)))
+        driver.run(sweep, launch_of(validate_launcher(node, typed)))
     except driver.SweepFailed:
         return 1
     return 0
@@ -201,7 +202,7 @@ def _launcher_node(name: str) -> dict[str, Any]:
     options = {path.stem: path for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
     if name not in options:
         raise ConfigError(f"--launcher {name}: there are: {', '.join(sorted(options))}")
-    return yaml.safe_load(options[name].read_text())
+    return plain_values.read(options[name].read_text())
 
 
 def _code(statuses: Sequence[Status]) -> int:

@@ -186,8 +186,7 @@ def _record_batches(
     """What the blocks are called with for each batch, every one of which is checked before the first runs."""
     if not len(batches):
         raise ValueError(f"no {what} batches; pass at least one tensor of token ids (B, M)")
-    for batch in batches:
-        check_windows(model, batch, what)
+    check_windows(model, batches, what)
     device = next(blocks.parameters()).device
     route = follow(model, blocks, batches[0].to(device))
     tracked = progress.track(batches, f"{what} batches", len(batches))
