@@ -124,6 +124,7 @@ def _make(name: str, entry: str, asked: argparse.Namespace, source: Source) -> i
 def _rewrite() -> int:
     """Make the numbers of README.md anew from the committed records, whichever others are named."""
     from plots import readme
+    from plots.reference import Unreadable
     from plots.style import Absent
 
     try:
@@ -131,7 +132,7 @@ def _rewrite() -> int:
     except Absent as error:
         _say(f"{README}: not made: {error}")
         return ABSENT
-    except (readme.WrongBlock, OSError) as error:
+    except (readme.WrongBlock, Unreadable, OSError) as error:
         _say(f"{README}: not made: {error}")
         return WRONG
     print(f"{README}: {', '.join(changed) or 'nothing'} changed", flush=True)

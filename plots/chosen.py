@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from plots import style
 from plots.records import Trial
 from plots.settings import FORMATS, TRANSFORMS, select_by, shown
+from plots.tables.table import particular
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Chosen:
         """Whose numbers these are, for a caption."""
         machines = ", ".join(sorted({trial.device for trial in self.trials}))
         also = f"; not shown: {', '.join(self.others)}" if self.others else ""
-        return f"measured here: {shown(self.model)}, {len(self.trials)} trials on {machines}{also}"
+        notes = "".join(f"; {note}" for note in particular(self.trials))
+        return f"measured here: {shown(self.model)}, {len(self.trials)} trials on {machines}{also}{notes}"
 
 
 def chosen(trials: Iterable[Trial], absent: str) -> Chosen:

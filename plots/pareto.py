@@ -1,7 +1,8 @@
 """What quality costs: KL against bits a weight, and against the speed of the format's layers.
 
 KL and bits are of whole quantized models, speed of the newest record of this project's kernels: a format's layer with
-its block transform, over BF16, the geometric mean over layer sizes. The dashed line joins what nothing beats in both.
+its transform, over BF16, the geometric mean over layer sizes; Hadamard's own where the record has it. The dashed line
+joins what nothing beats in both.
 """
 
 import math
@@ -17,11 +18,11 @@ from matplotlib.ticker import FuncFormatter
 
 from plots import style
 from plots.chosen import chosen
-from plots.figure2 import newest
+from plots.figure2 import newest, over_bf16
 from plots.records import Records, Trial
 from plots.settings import Setting
 from plots.tables.divergence import usable
-from wush_kernels.bench.measurement import BF16
+from wush_kernels.bench.measurement import HADAMARD, OURS
 from wush_kernels.bench.record import RESULTS, Record
 
 ABSENT = (
@@ -48,11 +49,14 @@ def draw(records: Records) -> Figure:
     return figure
 
 
-def speeds(record: Record) -> dict[str, float]:
-    """Times as fast as BF16 of each format's layer, the geometric mean over the sizes measured at `TOKENS`."""
+def speeds(record: Record, contender: str = OURS) -> dict[str, float]:
+    """Times as fast as BF16 of each format's layer, the geometric mean over the sizes measured at `TOKENS`.
+
+    `contender`: with a transform for each block, or with one Hadamard matrix.
+    """
     ratios: dict[str, list[float]] = defaultdict(list)
     for one in record.of("layers"):
-        ratio = one.ratio(BF16)
+        ratio = over_bf16(one, contender)
         if one.name == "layer" and one.tokens == TOKENS and not one.failure and ratio is not None:
             ratios[one.variant].append(math.log(ratio))
     return {name: math.exp(fmean(own)) for name, own in ratios.items()}
@@ -71,8 +75,13 @@ def front(points: Sequence[Point], smaller_is_better: bool) -> list[Point]:
 def _speed_panel(axes: Axes, trials: Sequence[Trial], record: Record | None) -> None:
     axes.set_xlabel(f"times as fast as BF16, {TOKENS:,} tokens")
     measured = speeds(record) if record else {}
+    one_matrix = speeds(record, HADAMARD) if record else {}
     # Without a transform a layer is faster than what the record has.
-    points = [(one, measured[one.format]) for one in trials if one.format in measured and one.transform != "i"]
+    points = [
+        (one, one_matrix.get(one.format, measured[one.format]) if one.transform == "h" else measured[one.format])
+        for one in trials
+        if one.format in measured and one.transform != "i"
+    ]
     if record is None or not points:
         why = "no record of a GPU;\nmake one with make kernels-bench" if record is None else "these formats' layers"
         axes.text(

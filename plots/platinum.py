@@ -21,6 +21,7 @@ from plots.platinum_tasks import Suite, suites
 from plots.records import BASELINE, Records
 from plots.reference import BENCHMARKS, Platinum, Unreadable, read
 from plots.settings import MODELS, order, shown
+from plots.tables.table import particular
 
 Method = tuple[str, str | None, str | None]
 Array = NDArray[np.float64]
@@ -67,7 +68,7 @@ def averages(records: Records) -> Figure:
     dots: list[Any] = [
         Line2D([], [], color=color, marker="o", linestyle="", label=name.upper()) for name, color in colors.items()
     ]
-    line = Line2D([], [], color=style.GREY, linestyle="--", label="original (published: BF16), one run")
+    line = Line2D([], [], color=style.GREY, linestyle="--", label="original (published: BF16, one run)")
     figure.legend(handles=[*dots, line], loc="outside upper center", ncols=len(dots) + 1)
     style.caption(figure, _average_caption(panels))
     return figure
@@ -167,7 +168,8 @@ def _source(ours: Sequence[Suite]) -> str:
     machines = ", ".join(sorted({trial.device for trial in trials}))
     left_out = [f"{suite.model}: {text}" for suite in ours for text in suite.left_out]
     others = f"; not shown: {', '.join(left_out)}" if left_out else ""
-    return f"published ({style.SOURCE}) and ours ({len(trials)} trials on {machines}{others})"
+    notes = "".join(f"; {note}" for note in particular(trials))
+    return f"published ({style.SOURCE}) and ours ({len(trials)} trials on {machines}{others}{notes})"
 
 
 def _average_caption(panels: Sequence[Panel]) -> str:

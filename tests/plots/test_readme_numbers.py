@@ -1,14 +1,20 @@
 """README's blocks of numbers: which are made, from which records, and that nothing else is touched."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import plots.__main__ as command
-from plots import readme
+from plots import readme, speeds
 from plots.readme import BLOCKS, WrongBlock, rewritten
 from plots.records import Records, load
+from plots.reference import Unreadable
+from plots.style import Absent
 from tests.plots.conftest import record, store
+from wush_kernels.bench.measurement import Ceilings, Measurement, Timing, Work
+from wush_kernels.bench.record import Record as Benchmark
+from wush_kernels.bench.record import save
 
 KLS = [0.30, 0.32, 0.34, 0.36]
 
@@ -30,6 +36,13 @@ def records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Records:
         one.versions["torch"] = "2.13.0+cpu"
         (main / f"{number}.json").write_text(one.model_dump_json())
     monkeypatch.setattr(readme, "MAIN", main)
+    machine = {"processor": "AMD EPYC", "cores": 2, "torch": "2.13.0+cpu"}
+    measures = [
+        {"what": "the main job", "measured": 234.567, "unit": "s", "target": 300, "verdict": "met"},
+        {"what": "a forward", "measured": 8.3, "unit": "%", "target": None, "verdict": "stated"},
+    ]
+    monkeypatch.setattr(speeds, "PROMISES", tmp_path / "promises.json")
+    speeds.PROMISES.write_text(json.dumps({"machine": machine, "measures": measures}))
     others = [
         record("mxfp4", "i", kl=0.98765), record("mxfp4", "wush", "gptq", kl=0.23451), record("mxfp4", "sq", kl=0.5),
         *(record("mxfp4", name, mse={0: 0.1, 1: 0.4}, seed=1) for name in ("h", "wush")),
@@ -77,6 +90,50 @@ def test_a_number_is_rounded_once_and_what_was_not_run_is_said(records: Records)
     made = rewritten(text("kl"), records)
     assert "| mxfp4 | rtn | 0.988 | **0.100** | 0.500 | not run | **0.100** |" in made
     assert "| mxfp4 | gptq | not run | not run | not run | not run | 0.235 |" in made
+
+
+def test_what_make_bench_measured_is_a_table_with_its_machine(records: Records, tmp_path: Path) -> None:
+    made = rewritten(text("speed"), records)
+    assert "| the main job | 234.57 s | 300 s | met |\n| a forward | 8.30 % | - | stated |" in made
+    assert "AMD EPYC, 2 cores, torch 2.13.0." in made
+    speeds.PROMISES.write_text("{}")
+    with pytest.raises(Unreadable, match=r"promises\.json: no record of make bench.*make it with make bench"):
+        speeds.promises()
+    speeds.PROMISES.unlink()
+    with pytest.raises(Absent, match="not there; make it with make bench"):
+        speeds.promises()
+
+
+def test_what_kernels_take_is_of_the_newest_record_and_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timings(**us: float) -> dict[str, Timing]:
+        return {name: Timing(value, value, value, 1) for name, value in us.items()}
+
+    lines = [
+        Measurement("quantizer", "decoder block", "GPTQ + WUSH", 0, 0, 0, Work(0), timings=timings(ours=323_359.1)),
+        Measurement("model", "prefill", "mxfp4 compiled", 8192, 0, 0, Work(0), timings=timings(ours=2, bf16=3)),
+        Measurement("model", "decode", "mxfp4 compiled", 1, 0, 0, Work(0), timings=timings(ours=2), failure="wrong"),
+    ]
+    environment = {
+        "date": "2026-01-02",
+        "gpu": "a GPU",
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+        "compute_capability": "9.0",
+    }
+    save(Benchmark(environment, {"quick": False}, Ceilings(1, 1, 1), lines, finished=True), tmp_path / "a.json", [])
+    monkeypatch.setattr(speeds, "RESULTS", tmp_path)
+    made = speeds.kernels()
+    for told in (
+        "fitted once | 0.32 s |",
+        "refitted | not measured |",
+        "tokens | 1.50x |",
+        "sequence | not measured |",
+    ):
+        assert told in made
+    assert "M = 1,024 | not measured |" in made
+    assert made.endswith("a GPU, torch 2.11.0, Triton 3.6.0, record of 2026-01-02.")
 
 
 def test_a_block_that_is_unknown_or_open_is_named(records: Records) -> None:

@@ -20,7 +20,9 @@ from plots.records import Records, load
 from plots.tables.layer_loss import LINEARS
 from tests.plots.conftest import record, store
 from wush.intervals import of_runs
-from wush_kernels.bench.record import RESULTS
+from wush_kernels.bench.measurement import Ceilings, Measurement, Timing, Work
+from wush_kernels.bench.record import RESULTS, save
+from wush_kernels.bench.record import Record as Benchmark
 from wush_kernels.bench.record import load as load_benchmark
 
 
@@ -229,6 +231,22 @@ def test_speeds_are_geometric_means_of_the_record() -> None:
     assert pareto.speeds(record_)["mxfp4"] == pytest.approx(np.prod(own) ** (1 / len(own)))
 
 
+def test_hadamard_has_the_speed_of_one_matrix_where_it_was_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timing(us: float) -> Timing:
+        return Timing(us, us, us, 1)
+
+    timings = {"bf16": timing(30), "hadamard": timing(10), "ours": timing(12)}
+    line = Measurement("layers", "layer", "mxfp4", 1024, 64, 64, Work(1), timings=timings)
+    environment = {"date": "2026-01-01", "gpu": "a GPU"}
+    save(Benchmark(environment, {"quick": False}, Ceilings(1, 1, 1), [line], finished=True), tmp_path / "a.json", [])
+    monkeypatch.setattr(pareto, "RESULTS", tmp_path)
+    made = [record("mxfp4", name) for name in ("h", "wush")]
+    right = pareto.draw(load([store(tmp_path / "own", *made)])).axes[1]
+    assert [float(one.get_xdata()[0]) for one in right.lines[:2]] == pytest.approx([3, 2.5])  # type: ignore[index]
+
+
 def sampled(folder: Path) -> Records:
     """Platinum of a published model and of another one, and sampled tasks of a third."""
     whole = {names[0]: [0.9, 0.8, 0.7] for names in PLATINUM.values()}
@@ -290,6 +308,13 @@ def test_a_figure_shows_methods_that_were_run_alike_never_the_newest(tmp_path: P
     ]  # fmt: skip
     said_ = "2 trials on cpu: made up; not shown: 1 trial with calibration=a_set, 1 trial with calibration=c4"
     assert f"{said_}, 1 of other seeds" in found.source
+
+
+def test_a_figure_says_that_what_it_shows_is_of_an_older_method(tmp_path: Path) -> None:
+    old = [record("mxfp4", name, version=1, tasks={"one": [0.2, 0.4]}) for name in ("h", "wush")]
+    records = load([store(tmp_path, *old)])
+    for figure in (pareto.draw(records), platinum.averages(records)):
+        assert "2 OLD, of version 1 of the method (today's: " in said(figure)
 
 
 def test_own_runs_of_tasks_are_of_one_calibration_set_and_the_caption_names_the_others(tmp_path: Path) -> None:

@@ -164,6 +164,12 @@ def test_a_file_that_says_quantized_is_refused(name: str, folder: Path) -> None:
         load_pretrained(str(folder), "float32", "cpu")
 
 
+def test_a_folder_with_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=rf"model '{folder}' holds an adapter .*merge it"):
+        load_pretrained(str(folder), "float32", "cpu")
+
+
 def fp8(tensors: dict[str, Tensor]) -> None:
     tensors[DOWN] = tensors[DOWN].to(torch.float8_e4m3fn)
 
