@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     retry.add_argument("--launcher", help="another launcher: local, local_parallel or slurm")
     plan = command("plan", "what a sweep would run, what is done, and the time and memory to expect")
     plan.add_argument("overrides", nargs="*", help="as for run.py -m, such as format=mxfp4,nvfp4 transform=h,wush")
-    compare = command("compare", "two sides trial by trial: metrics of each, differences, and their standard errors")
+    compare = command("compare", "two sides trial by trial: metrics of each, and differences with 95%% intervals")
     compare.add_argument(
         "a", metavar="A", help="a sweep's name, or a filter such as transform=h or sweep=NAME,format=int4"
     )

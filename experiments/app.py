@@ -38,7 +38,8 @@ def _app(config: DictConfig) -> None:
         if "experiment" in composed.choices:
             raise ConfigError(f"experiment={composed.choices['experiment']} is a sweep: run it with -m")
         node = as_node(hydra_node.launcher)
-        carry_out(sweep.plan([composed], hydra_node.overrides.task, launcher_problems(node)), node)
+        wrong = launcher_problems(node, sweep.typed(hydra_node.overrides.hydra))
+        carry_out(sweep.plan([composed], hydra_node.overrides.task, wrong), node)
 
 
 def main() -> None:

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiments import plans
 from experiments.attempts import Attempts
-from experiments.launch import driver
+from experiments.launch import driver, plain_values
 from experiments.launch import jobs as slurm_jobs
 from experiments.launch.choose import launch_of
 from experiments.launch.settings import SlurmSettings, validate_launcher
@@ -151,13 +149,16 @@ def retry(store: ResultStore, name: str | None, launcher: str | None, overrides:
     plans.check_version(sweep)
     if launcher is not None:
         node = _launcher_node(launcher)
+    typed: dict[str, str] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override}: write key=value, a key of hydra.launcher such as time=480")
-        node = dict(node) | {key.removeprefix("hydra.launcher."): yaml.safe_load(value)}
+        name_of_key = key.removeprefix("hydra.launcher.")
+        node = dict(node) | {name_of_key: plain_values.read(value)}
+        typed[f"hydra.launcher.{name_of_key}"] = value
     try:
-        driver.run(sweep, launch_of(validate_launcher(node)))
+        driver.run(sweep, launch_of(validate_launcher(node, typed)))
     except driver.SweepFailed:
         return 1
     return 0
@@ -179,12 +180,14 @@ def _compare_on_wandb(store: ResultStore, a: str, b: str, project: str | None, d
     from experiments.compare import compare
     from experiments.sides import to_run_filter
     from experiments.views import workspace
+    from experiments.views.comparison import to_markdown
 
     entity, slash, name = (project or "ENTITY/wush").partition("/")
     if not slash:
         raise ConfigError(f"--wandb {project}: write ENTITY/PROJECT, as in the address of the project's page")
     found = compare(store, a, b)
-    report = workspace.report(name, entity, to_run_filter(found.a), to_run_filter(found.b))
+    sides = to_run_filter(found.a), to_run_filter(found.b)
+    report = workspace.report(name, entity, *sides, differences=to_markdown(found))
     if definition:
         write_atomically(definition, workspace.to_json(report))
         print(f"report definition: {shown(definition)}")
@@ -199,7 +202,7 @@ def _launcher_node(name: str) -> dict[str, Any]:
     options = {path.stem: path for path in (CONF / "hydra" / "launcher").glob("*.yaml")}
     if name not in options:
         raise ConfigError(f"--launcher {name}: there are: {', '.join(sorted(options))}")
-    return yaml.safe_load(options[name].read_text())
+    return plain_values.read(options[name].read_text())
 
 
 def _code(statuses: Sequence[Status]) -> int:

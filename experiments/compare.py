@@ -6,17 +6,20 @@ without a partner is kept with the reason, and an ambiguous pair is an error.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Final
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from statistics import fmean
+from typing import Final, cast, get_args
 
+from experiments.replicates import is_seed
 from experiments.schema import ConfigError
-from experiments.sides import CALIBRATED, EVALUATED, GROUPS, TASK, Finished, Side, counted, find, listed, read
+from experiments.sides import CALIBRATED, EVALUATED, GROUPS, TASK, Finished, Side, counted, find, listed, loaded, read
 from experiments.store import ResultStore
 from experiments.sweep import LABELLING_GROUPS
+from wush import intervals
+from wush.intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -29,53 +32,76 @@ class Pair:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its values are shown `scale` times as big, with so many digits."""
+    """A metric: its values are shown `scale` times as big, with so many digits; None where neither is better."""
 
     name: str
     key: str
     unit: str
     scale: float
     digits: int
-    lower_is_better: bool = True
+    lower_is_better: bool | None = True
 
     def of(self, trials: Sequence[Finished]) -> float:
         """The mean over trials."""
         return fmean(self._of(trial.metrics) for trial in trials) * self.scale
 
+    def paired(self, a: Finished, b: Finished) -> Interval | None:
+        """The interval of B - A over windows, or a task's documents; None where they are not known."""
+        if self.key.startswith(TASK):
+            own, other = a.outcomes.get(self.key, []), b.outcomes.get(self.key, [])
+            found = intervals.paired_documents(own, other) if len(own) == len(other) else None
+        elif self.key in get_args(intervals.Metric) and a.windows and b.windows:
+            found = intervals.paired(a.windows, b.windows, cast(intervals.Metric, self.key))
+        else:
+            found = None
+        return found and found.scaled(self.scale)
+
     def _of(self, metrics: dict[str, float]) -> float:
         return metrics["perplexity"] - metrics["perplexity_original"] if self.key == "gap" else metrics[self.key]
 
 
-MIN_PAIRS = 3  # to call a difference clear
+KL, GAP = Metric("KL", "kl", "nats", 1, 4), Metric("perplexity gap", "gap", "", 1, 3)
 METRICS: Final = (
-    Metric("perplexity gap", "gap", "", 1, 3),
-    Metric("KL", "kl", "nats", 1, 4),
+    KL,
+    GAP,
     Metric("top-1", "top1", "%", 100, 2, lower_is_better=False),
-    Metric("bits", "bits_per_weight", "a weight", 1, 3),
+    Metric("bits", "bits_per_weight", "a weight", 1, 3, lower_is_better=None),
 )
+SHARE: Final = Metric("quantized", "quantized_share", "% of weights", 100, 1, lower_is_better=None)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one metric over pairs: the means of both sides, that of B - A, and its standard error, sd / sqrt(n)."""
+    """Of one metric over pairs: the means of both sides, and that of B - A with its 95% interval.
+
+    The interval is over windows, or a task's documents, for a single pair, and over several pairs Student's t; None
+    where neither is known.
+    """
 
     metric: Metric
     a: float
     b: float
     mean: float
-    error: float | None
+    interval: Interval | None
     pairs: int
 
     @property
     def clear(self) -> bool:
-        """Whether it is larger than two standard errors; never with one pair or two, whose errors say too little."""
-        enough = self.error is not None and self.pairs >= MIN_PAIRS
-        return enough and abs(self.mean) > max(2 * (self.error or 0), 1e-12)
+        """Whether the interval excludes zero."""
+        return self.interval is not None and self.interval.clear
 
     @property
     def better(self) -> bool:
-        """Whether B is better than A."""
+        """Whether B is better than A: never by a perplexity below the original's, which is another model's."""
+        if self.metric.lower_is_better is None or (self.metric == GAP and self.b < 0):
+            return False
         return self.mean < 0 if self.metric.lower_is_better else self.mean > 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether A is better than B, as `better`."""
+        swapped = replace(self, a=self.b, b=self.a, mean=-self.mean)
+        return swapped.better
 
 
 @dataclass(frozen=True)
@@ -87,17 +113,39 @@ class Setting:
 
     @property
     def differences(self) -> list[Difference]:
-        """By metric, and by task that all of them have."""
+        """By metric, and by task that all of them have; the share quantized where it is not all."""
         trials = [trial for pair in self.pairs for trial in (*pair.a, *pair.b)]
         tasks = [key for key in trials[0].metrics if all(key.startswith(TASK) and key in t.metrics for t in trials)]
         of_tasks = [Metric(key.removeprefix(TASK), key, "%", 100, 2, lower_is_better=False) for key in tasks]
-        return [self._difference(metric) for metric in (*METRICS, *of_tasks)]
+        share = [SHARE] if any(trial.metrics[SHARE.key] < 1 for trial in trials) else []
+        return [self._difference(metric) for metric in (*METRICS, *share, *of_tasks)]
+
+    @property
+    def single(self) -> tuple[Finished, Finished] | None:
+        """The two trials of a setting that has no more, or none with other numbers: whose seeds change nothing."""
+        a, b = ([trial for pair in self.pairs for trial in side(pair)] for side in (attrgetter("a"), attrgetter("b")))
+        alike = all(trial.metrics == side[0].metrics for side in (a, b) for trial in side)
+        return (a[0], b[0]) if alike else None
 
     def _difference(self, metric: Metric) -> Difference:
         a, b = ([metric.of(side) for side in sides] for sides in zip(*((p.a, p.b) for p in self.pairs), strict=True))
         differences = [own - other for own, other in zip(b, a, strict=True)]
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
-        return Difference(metric, fmean(a), fmean(b), fmean(differences), error, len(differences))
+        interval = None
+        if metric.lower_is_better is not None:  # bits have no noise
+            interval = metric.paired(*self.single) if self.single else self._over_seeds(metric, differences)
+        return Difference(metric, fmean(a), fmean(b), fmean(differences), interval, len(differences))
+
+    def _over_seeds(self, metric: Metric, differences: list[float]) -> Interval | None:
+        if len(differences) > 1:
+            return intervals.of_runs(differences)
+        # One pair of means: each side's own spread over its seeds, where it has several.
+        (pair,), (mean,) = self.pairs, differences
+        margins = []
+        for side in (pair.a, pair.b):
+            own = intervals.of_runs([metric.of([trial]) for trial in side])
+            margins += [(own.high - own.low) / 2] if own else []
+        margin = sum(one**2 for one in margins) ** 0.5
+        return Interval(mean - margin, mean + margin) if margins else None
 
 
 @dataclass(frozen=True)
@@ -143,7 +191,19 @@ def compare(store: ResultStore, a: str, b: str) -> Comparison:
         reasons = "; ".join(dict.fromkeys(f"{one.side}: {one.reason}" for one in unpaired))
         raise ConfigError(f"{a} and {b}: no trial of one has a partner in the other: {reasons}")
     notes = _notes(sides, common, pairs, left_out)
-    return Comparison(*sides, differing, _settings(pairs, differing), tuple(unpaired), notes)
+    settings = _with_windows(store, _settings(pairs, differing))
+    return Comparison(*sides, differing, settings, tuple(unpaired), notes)
+
+
+def _with_windows(store: ResultStore, settings: tuple[Setting, ...]) -> tuple[Setting, ...]:
+    """The settings, with windows and outcomes of single pairs of trials, whose intervals are over these."""
+    found = loaded(store, [trial for setting in settings for trial in setting.single or ()])
+
+    def filled(pair: Pair) -> Pair:
+        a, b = (tuple(found.get(trial.trial_id, trial) for trial in side) for side in (pair.a, pair.b))
+        return Pair(a, b)
+
+    return tuple(replace(one, pairs=tuple(map(filled, one.pairs))) for one in settings)
 
 
 # --- which trials are partners
@@ -168,10 +228,6 @@ def _apart(key: str, a: Iterable[Finished], b: Iterable[Finished]) -> bool:
     return bool(own and others) and own.isdisjoint(others)
 
 
-def _is_seed(key: str) -> bool:
-    return key == "seed" or key.endswith(".seed")
-
-
 def _dropped(differing: Sequence[str], own: Sequence[Sequence[Finished]]) -> set[str]:
     """The config keys in which partners need not agree; a seed that both sides have is none, unless they differ by it.
 
@@ -179,14 +235,16 @@ def _dropped(differing: Sequence[str], own: Sequence[Sequence[Finished]]) -> set
     """
     keys = {key for trials in own for trial in trials for key in trial.values}
     dropped = {key for key in keys if any(f"{key}.".startswith(f"{one}.") for one in differing)}
-    for key in filter(_is_seed, dropped - set(differing)):
+    for key in filter(is_seed, dropped - set(differing)):
         if all(key in trial.values for trials in own for trial in trials) and not _apart(key, *own):
             dropped = dropped - {key}
     if "seed" in differing:
-        dropped |= set(filter(_is_seed, keys))
+        dropped |= set(filter(is_seed, keys))
     if "calibration.path" in differing:
         dropped.add(CALIBRATED)
-    return dropped | {key for key in keys if key.startswith("evaluation.")} | {"calibration.path", "seed"}
+    # What is measured besides cannot change what is compared.
+    unread = {key for key in keys if key.startswith(("evaluation.", "measure."))}
+    return dropped | unread | {"calibration.path", "seed"}
 
 
 Key = tuple[tuple[str, str], ...]
@@ -243,7 +301,7 @@ def _check_replicates(side: Side, trials: Sequence[Finished]) -> None:
         return
     keys = dict.fromkeys((*LABELLING_GROUPS, *(key for trial in trials for key in trial.values)))
     several = {key: values for key in keys if len(values := {trial.value(key) for trial in trials}) > 1}
-    telling = [key for key in several if not _is_seed(key) and key not in ("calibration.path", "evaluation.path")]
+    telling = [key for key in several if not is_seed(key) and key not in ("calibration.path", "evaluation.path")]
     if not telling:
         return
     key = telling[0]
@@ -285,7 +343,7 @@ def _settings(pairs: Sequence[Pair], differing: Sequence[str]) -> tuple[Setting,
 def _shared(pair: Pair, differing: Sequence[str]) -> dict[str, str]:
     """What both sides of a pair have in common, without seeds."""
     a, b = pair.a[0].values, pair.b[0].values
-    own = {key: value for key, value in a.items() if b.get(key) == value and not _is_seed(key)}
+    own = {key: value for key, value in a.items() if b.get(key) == value and not is_seed(key)}
     return {key: value for key, value in own.items() if not any(f"{key}.".startswith(f"{one}.") for one in differing)}
 
 
@@ -298,9 +356,11 @@ def _notes(
     averaged = [pair for pair in pairs if len(pair.a) > 1 or len(pair.b) > 1]
     means = f"the mean of trials that differ by a seed that the other side has not: {counted(len(averaged), 'pair')}"
     both = len(list(common))
+    old = [trial for pair in pairs for trial in (*pair.a, *pair.b) if trial.old]
     return (
         *unfinished,
         *([means] if averaged else []),
+        *([f"of an earlier version of the method (old): {counted(len(old), 'trial')}"] if old else []),
         *([f"on both sides, and compared with none: {counted(both, 'trial')}"] if both else []),
         *(
             [f"{counted(len(left_out), 'record')} left out, damaged or of another version: {listed(left_out)}"]

@@ -89,10 +89,11 @@ class Identities:
             tasks = _specs(_built(node))  # which refuses what its keys alone show to be wrong
             included = {"include": _folder_content(node["include"])} if node["include"] else {}
             return {**own, **included, "tasks": tasks, "text": self._text(node["text"])}
+        built = _built(node)  # which refuses windows that cannot be, and those alone: others of the text may
         text = json.dumps({key: value for key, value in node.items() if key not in WINDOWS})
         if text not in self._sha256_of_text:
             try:
-                self._sha256_of_text[text] = _built(node).sha256
+                self._sha256_of_text[text] = built.sha256
             except ValueError as error:  # told for every config that has it, found out once
                 self._sha256_of_text[text] = error
         sha256 = self._sha256_of_text[text]

@@ -52,7 +52,7 @@ def load(store: ResultStore, name: str) -> tuple[Sweep, dict[str, Any]]:
 
 
 def check_version(sweep: Sweep) -> None:
-    """Raise `ConfigError` for a sweep that was planned with another version of the method: its trials are others now."""
+    """Raise `ConfigError` for a sweep planned with another version of the method: its trials are others now."""
     planned = {trial.method_version for trial in sweep.trials} - {METHOD_VERSION}
     if planned:
         command = json.loads((sweep.store.sweep(sweep.name) / "plan.json").read_bytes())["command"]

@@ -11,19 +11,22 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
-from experiments.records import READABLE_VERSIONS, Metrics, Result
+from experiments.records import READABLE_VERSIONS, Metrics, Result, mean_outcomes
+from wush.intervals import Sums
 
 FILES_AT_ONCE = 500  # with their whole content in memory: 30 MB of the records of a 30-block model
 
-_RUNS = 'STRUCT("values" MAP(VARCHAR, DOUBLE))[]'
+_RUNS = 'STRUCT("values" MAP(VARCHAR, DOUBLE), outcomes DOUBLE[])[]'
 _STRUCTURE = json.dumps(
     {
-        **dict.fromkeys(("trial_id", "status", "finished_at"), "VARCHAR"),
-        **dict.fromkeys(("schema_version", "attempts", "restored_blocks"), "INTEGER"),
+        **dict.fromkeys(("trial_id", "status", "finished_at", "model_note"), "VARCHAR"),
+        **dict.fromkeys(("schema_version", "attempts", "restored_blocks", "method_version"), "INTEGER"),
         "choices": "JSON",
         "metrics": "MAP(VARCHAR, DOUBLE)",
+        "windows": {name: ["DOUBLE"] for name in ("nll", "nll_original", "kl", "agree", "predictions")},
         "tasks": f"MAP(VARCHAR, STRUCT(metric VARCHAR, higher_is_better BOOLEAN, runs {_RUNS}))",
         "stages": "MAP(VARCHAR, STRUCT(seconds DOUBLE))",
         "blocks": [
@@ -46,7 +49,8 @@ _QUERY = """
            list_transform(r.blocks, lambda block: block.index) AS indices,
            list_transform(r.blocks, lambda block: block.held_out.relative) AS errors,
            list_transform(r.blocks, lambda block: coalesce(block.calibration.relative, block.relative_mse)),
-           r.data.evaluation.ids_sha256, r.environment.host, r.finished_at, r.attempts, r.restored_blocks, r.tasks
+           r.data.evaluation.ids_sha256, r.environment.host, r.finished_at, r.attempts, r.restored_blocks, r.tasks,
+           r.windows, r.method_version, r.model_note
     FROM read WHERE list_contains($versions, r.schema_version) AND r.status = 'done'
 """
 
@@ -85,9 +89,18 @@ def _result(
     attempts: int | None,
     restored_blocks: int | None,
     tasks: dict[str, dict[str, Any]] | None,
+    windows: dict[str, list[float]] | None,
+    method_version: int | None,
+    model_note: str | None,
 ) -> Result:
     if None in (trial_id, choices, *indices):
         raise ValueError("a value is not there")
+    scores = {
+        sys.intern(name): fmean(run["values"][task["metric"]] for run in task["runs"])
+        for name, task in (tasks or {}).items()
+        if task["higher_is_better"]
+    }
+    outcomes = {name: _outcomes(tasks[name], score) for name, score in scores.items()} if tasks else {}
     return Result(
         trial_id=sys.intern(trial_id),
         choices=_choices(choices),
@@ -100,12 +113,16 @@ def _result(
         finished_at=datetime.fromisoformat(finished_at),
         attempts=1 if attempts is None else attempts,
         restored_blocks=restored_blocks or 0,
-        tasks={
-            sys.intern(name): fmean(run["values"][task["metric"]] for run in task["runs"])
-            for name, task in (tasks or {}).items()
-            if task["higher_is_better"]
-        },
+        tasks=scores,
+        outcomes={name: found for name, found in outcomes.items() if found},
+        windows=Sums(SimpleNamespace(**windows)) if windows and windows["nll"] else None,
+        method_version=1 if method_version is None else method_version,
+        model_note=model_note,
     )
+
+
+def _outcomes(task: dict[str, Any], score: float) -> list[float]:
+    return mean_outcomes([run["outcomes"] or () for run in task["runs"]], score)
 
 
 def _there(indices: list[int], errors: list[float | None]) -> dict[int, float]:

@@ -1,11 +1,18 @@
 """The record of a finished trial, as `result.json` holds it, and what is kept of a failed one."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean, stdev
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from wush.version import METHOD_VERSION
+
+if TYPE_CHECKING:
+    from wush.intervals import Sums
 
 SCHEMA_VERSION: Final = 5
 READABLE_VERSIONS: Final = (4, SCHEMA_VERSION)  # what `Record` reads; those of before are converted
@@ -168,11 +175,27 @@ class Task(_Model):
         return self.runs[0].stderrs.get(self.metric) if len(self.runs) == 1 else None
 
     @property
+    def outcomes(self) -> list[float]:
+        """The metric that counts of each document, mean over runs; none where the score is not the mean of these."""
+        return mean_outcomes([run.outcomes for run in self.runs], self.score)
+
+    @property
     def told(self) -> str:
         """The score in one line."""
         spread = f" ± {self.spread:.4f} over {len(self.runs)} runs" if self.spread is not None else ""
         error = f" (standard error {self.stderr:.4f})" if self.stderr is not None else ""
         return f"{self.metric} {self.score:.4f}{spread}{error} of {self.samples:,} documents"
+
+
+def mean_outcomes(runs: Sequence[Sequence[float]], score: float) -> list[float]:
+    """Each document's mean over runs; none where runs have no or other documents, or the score is not their mean.
+
+    A score that weighs its documents unequally, such as a mean over a group's tasks, says nothing of one document.
+    """
+    if not runs or not runs[0] or any(len(run) != len(runs[0]) for run in runs):
+        return []
+    means = [fmean(values) for values in zip(*runs, strict=True)]
+    return means if abs(fmean(means) - score) < 1e-6 else []
 
 
 class Data(_Model):
@@ -286,7 +309,8 @@ class Result:
 
     `seconds`: of all stages. `errors`: the relative error of each decoder block on held-out tokens, by its index, where
     it was measured; `calibration_errors`: on the calibration tokens; none when unquantized.
-    `evaluated`: the SHA-256 of the evaluated token ids. `tasks`: the score of each that is a share.
+    `evaluated`: the SHA-256 of the evaluated token ids. `tasks`: the score of each that is a share, `outcomes`: of its
+    documents, where they are known. `windows`: sums of the evaluated windows, None in records that did not keep them.
     """
 
     trial_id: str
@@ -301,11 +325,28 @@ class Result:
     restored_blocks: int = 0
     tasks: dict[str, float] = field(default_factory=dict)
     calibration_errors: dict[int, float] = field(default_factory=dict)
+    outcomes: dict[str, list[float]] = field(default_factory=dict)
+    windows: "Sums | None" = None
+    method_version: int = METHOD_VERSION
+    model_note: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any decoder block was."""
+        return bool(self.errors or self.calibration_errors)
+
+    @property
+    def old(self) -> bool:
+        """Whether an earlier version of the method made it, whose numbers are not today's."""
+        return self.method_version < METHOD_VERSION
 
     @classmethod
     def of(cls, record: Record) -> "Result":
         """The light part of a whole record."""
+        from wush.intervals import Sums
+
         text = record.data.get("evaluation")
+        shares = {name: task for name, task in record.tasks.items() if task.higher_is_better}
         return cls(
             trial_id=record.trial_id,
             choices=record.choices,
@@ -318,7 +359,11 @@ class Result:
             finished_at=record.finished_at,
             attempts=record.attempts,
             restored_blocks=record.restored_blocks,
-            tasks={name: task.score for name, task in record.tasks.items() if task.higher_is_better},
+            tasks={name: task.score for name, task in shares.items()},
+            outcomes={name: found for name, task in shares.items() if (found := task.outcomes)},
+            windows=Sums(record.windows) if record.windows else None,
+            method_version=record.method_version,
+            model_note=record.model_note,
         )
 
 
@@ -343,6 +388,16 @@ class Outcome:
     config: dict[str, Any] = field(default_factory=dict)
     running: bool = False
     detail: str = ""
+
+    @property
+    def kl(self) -> float:
+        """Its KL when done, by which trials are ranked; else not a number."""
+        return self.result.metrics.kl if self.result else math.nan
+
+    @property
+    def old(self) -> bool:
+        """Whether it is done, but by an earlier version of the method: it is shown, and does not count as done."""
+        return self.result is not None and self.result.old
 
     @property
     def state(self) -> State:

@@ -5,6 +5,7 @@ To add an option of a group, add a class here that lists its keys, and its name 
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -294,16 +295,19 @@ class TrialConfig(_Strict):
     scale: Literal["paper", "small"]
 
 
-def validate(config: dict[str, Any]) -> TrialConfig:
-    """The typed config; raises `ConfigError` that lists every wrong key with its valid values."""
+def validate(config: dict[str, Any], typed: Mapping[str, str] | None = None) -> TrialConfig:
+    """The typed config; raises `ConfigError` that lists every wrong key with its valid values.
+
+    `typed`: for keys given on the command line the text that was typed there, of which a number is only one reading.
+    """
     try:
         return TrialConfig.model_validate(config)
     except ValidationError as error:
-        problems = [_explain(problem, config) for problem in error.errors()]
+        problems = [_explain(problem, config, typed or {}) for problem in error.errors()]
         raise ConfigError("\n".join(problems)) from error
 
 
-def _explain(problem: Any, config: dict[str, Any]) -> str:
+def _explain(problem: Any, config: dict[str, Any], typed: Mapping[str, str]) -> str:
     # Discriminator values stand in the location of a union's member; they are no keys of the user's.
     path = [str(part) for part in problem["loc"] if "." not in str(part)]
     key = ".".join(path)
@@ -317,8 +321,19 @@ def _explain(problem: Any, config: dict[str, Any]) -> str:
         return f"{key}._target_: missing; choose an option with {key}=..."
     if problem["type"] == "union_tag_invalid":
         return f"{key}._target_: {problem['ctx']['tag']!r} is not one of: {problem['ctx']['expected_tags']}"
+    value = _select(config, path)
+    if problem["type"] == "string_type" and isinstance(value, (bool, int, float)):
+        return _not_a_text(key, value, typed.get(key))
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}={_select(config, path)}: {message[0].lower()}{message[1:]}"
+    return f"{key}={value}: {message[0].lower()}{message[1:]}"
+
+
+def _not_a_text(key: str, value: bool | int | float, typed: str | None) -> str:
+    """What to say of a number or truth value in the place of a text, which quotes make of it."""
+    kind = "a truth value" if isinstance(value, bool) else f"the number {value}"
+    if typed is None:  # it stands in a file, as nobody knows how
+        return f"{key}={value}: read as {kind}, but it is a text; put what you mean in quotes, such as '1e5'"
+    return f"{key}={typed}: read as {kind}, but it is a text; put it in quotes: {key}='\"{typed}\"'"
 
 
 def _select(config: Any, path: list[str]) -> Any:

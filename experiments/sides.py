@@ -6,7 +6,7 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
@@ -14,19 +14,22 @@ import yaml
 from experiments import plans
 from experiments.estimates import parts
 from experiments.identity import Identities
-from experiments.records import Task
+from experiments.records import Task, Windows
 from experiments.schema import ConfigError
 from experiments.store import ResultStore
 from experiments.sweep import LABELLING_GROUPS, _flatten
+from wush.intervals import Sums
+from wush.version import METHOD_VERSION
 
 if TYPE_CHECKING:
     from experiments.views.workspace import RunFilter
 
 _PATHS: Final = (
     *("$.trial_id", "$.choices", "$.config", "$.metrics"),
-    *("$.data.calibration", "$.data.evaluation.ids_sha256", "$.tasks"),
+    *("$.data.calibration", "$.data.evaluation.ids_sha256", "$.tasks", "$.method_version"),
 )
 CALIBRATED, EVALUATED = "calibration.text_sha256", "evaluation.ids_sha256"  # of what was really read
+METHOD: Final = "method_version"
 GROUPS: Final = (*LABELLING_GROUPS, "calibration", "evaluation")
 VALUES_LISTED = 12
 TASK: Final = "task "
@@ -36,13 +39,16 @@ TASK: Final = "task "
 class Finished:
     """A finished trial: the option of each group, every other value that can change its result, and its metrics.
 
-    `values`: by dotted config key, as YAML would have them; with the content of its texts as hashes.
+    `values`: by dotted config key, as YAML would have them; with the content of its texts as hashes, and the version of
+    the method. `windows` and `outcomes`, of the documents of each task in `metrics`: only once they are `loaded`.
     """
 
     trial_id: str
     choices: dict[str, str]
     values: dict[str, str]
     metrics: dict[str, float]
+    windows: Sums | None = None
+    outcomes: dict[str, list[float]] = field(default_factory=dict)
 
     def value(self, key: str) -> str | None:
         """Of a group or config key; None for one that does not matter to the trial."""
@@ -52,7 +58,12 @@ class Finished:
     def name(self) -> str:
         """One line, such as `1a2b3c4d smollm2_135m mxfp4 wush rtn seed=0`."""
         own = [self.choices[group] for group in LABELLING_GROUPS if group in self.choices]
-        return " ".join([self.trial_id, *own, f"seed={self.values['seed']}"])
+        return " ".join([self.trial_id, *own, f"seed={self.values['seed']}", *(["old"] if self.old else [])])
+
+    @property
+    def old(self) -> bool:
+        """Whether an earlier version of the method made it."""
+        return int(self.values[METHOD]) < METHOD_VERSION
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,18 @@ def read(store: ResultStore) -> tuple[list[Finished], list[str]]:
         found[trial.trial_id] = trial
     left_out = [path.parent.name for path in files if path.parent.name not in found]
     return [found[trial_id] for trial_id in sorted(found)], left_out
+
+
+def loaded(store: ResultStore, trials: Iterable[Finished]) -> dict[str, Finished]:
+    """The trials by id, with their windows and their tasks' outcomes, which are too much to read of all."""
+    own = {trial.trial_id: trial for trial in trials}
+    found = dict(own)
+    for row in parts([store.trial(name) / "result.json" for name in own], ("$.trial_id", "$.windows", "$.tasks")):
+        trial_id, windows, tasks = map(_parsed, row)
+        sums = Sums(Windows.model_validate(windows)) if windows else None
+        outcomes = {key: task.outcomes for key, task in _tasks(tasks or {}).items()}
+        found[trial_id] = replace(own[trial_id], windows=sums, outcomes=outcomes)
+    return found
 
 
 def find(store: ResultStore, finished: Sequence[Finished], text: str) -> Side:
@@ -154,21 +177,22 @@ def _finished(
     calibrated: dict[str, Any] | None,
     evaluated: str | None,
     tasks: dict[str, Any] | None,
+    method_version: int | None,
 ) -> Finished:
     relevant = _flatten(Identities().relevant(config))
     values = {sys.intern(key): sys.intern(_text(value)) for key, value in relevant.items()}
     if calibrated:  # a text of the hub is known by its commit
         values[CALIBRATED] = calibrated["text_sha256"] or calibrated["source"]
-    values |= {EVALUATED: evaluated or "", "seed": str(config["seed"])}
+    values |= {EVALUATED: evaluated or "", "seed": str(config["seed"]), METHOD: str(method_version or 1)}
     own = {group: choices[group] for group in GROUPS if group in choices}
-    measured = {key: float(value) for key, value in metrics.items()}
-    return Finished(trial_id, own, values, measured | _scores(tasks or {}))
+    measured = {"quantized_share": 1.0} | {key: float(value) for key, value in metrics.items()}
+    return Finished(trial_id, own, values, measured | {key: task.score for key, task in _tasks(tasks or {}).items()})
 
 
-def _scores(tasks: dict[str, Any]) -> dict[str, float]:
-    """The score of each task, by what it can be compared with: the same task, few-shot count and documents."""
+def _tasks(tasks: dict[str, Any]) -> dict[str, Task]:
+    """The tasks whose score is a share, by what makes them comparable: the same task, few-shot count and documents."""
     whole = [task for own in tasks.values() if (task := Task.model_validate(own)).higher_is_better]
-    return {f"{TASK}{task.name}, {task.num_fewshot}-shot of {task.samples:,}": task.score for task in whole}
+    return {f"{TASK}{task.name}, {task.num_fewshot}-shot of {task.samples:,}": task for task in whole}
 
 
 def _parsed(text: str | None) -> Any:

@@ -3,11 +3,20 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.identity import NEUTRAL, NEUTRAL_OF_TEXT, TEXTS, UNUSED_BY_BASELINE, Identities, hash_of, is_baseline
+from experiments.identity import (
+    BASELINE,
+    NEUTRAL,
+    NEUTRAL_OF_TEXT,
+    TEXTS,
+    UNUSED_BY_BASELINE,
+    Identities,
+    hash_of,
+    is_baseline,
+)
 from experiments.schema import ConfigError, TrialConfig, validate
 from experiments.store import ResultStore
 from experiments.trial import Trial
@@ -19,10 +28,14 @@ LABELLING_GROUPS = ("model", "format", "transform", "algorithm")
 
 @dataclass(frozen=True)
 class Composed:
-    """A config as Hydra composed it, resolved, with the option chosen of each group."""
+    """A config as Hydra composed it, resolved, with the option chosen of each group.
+
+    `typed`: the texts of values as `schema.validate` takes them.
+    """
 
     config: dict[str, Any]
     choices: dict[str, str]
+    typed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,12 @@ class Sweep:
     trials: tuple[Trial, ...]
     store: ResultStore
     progress: Any
+
+
+def typed(overrides: Iterable[str]) -> dict[str, str]:
+    """The texts that overrides give their keys."""
+    pairs = (override.lstrip("+").partition("=") for override in overrides)
+    return {key: text.strip() for key, equals, text in pairs if equals}
 
 
 def plan(composed: Sequence[Composed], overrides: Sequence[str], problems: Iterable[str] = ()) -> Sweep:
@@ -68,9 +87,10 @@ def _validated(
     validator = _Validator()
     for one in composed:
         try:
-            config = validator.validated(one.config)
+            config = validator.validated(one)
             parts.append(identities.identity(config))
             valid.append(Composed(config, one.choices))
+            found |= dict.fromkeys(_conflicts(config, one.choices))
         except ValueError as error:
             found |= dict.fromkeys(str(error).splitlines())
     found |= dict.fromkeys(_ways_to_run(valid))
@@ -79,17 +99,28 @@ def _validated(
     return valid, parts
 
 
+def _conflicts(config: dict[str, Any], choices: dict[str, str]) -> Iterator[str]:
+    """What is wrong with keys that are each valid by themselves, and would fail only when a layer is quantized."""
+    fmt = config["format"]["_target_"]
+    if config["algorithm"]["_target_"] == "wush.MrGptq" and fmt not in (BASELINE, "wush.Mxfp4", "wush.Nvfp4"):
+        yield (
+            f"algorithm={choices.get('algorithm', 'mr_gptq')}: is for mxfp4 and nvfp4, not for "
+            f"format={choices.get('format', fmt)}; use algorithm=gptq, or start two sweeps"
+        )
+
+
 class _Validator:
     """Validates configs that share parts: each part once, told by being the same object."""
 
     def __init__(self) -> None:
         self._parts: dict[tuple[str, type, Any], Any] = {}
 
-    def validated(self, config: dict[str, Any]) -> dict[str, Any]:
+    def validated(self, composed: Composed) -> dict[str, Any]:
         """The plain values of the typed config, in the schema's order; raises `ConfigError`."""
+        config = composed.config
         known = {name: self._key(name, config.get(name)) for name in TrialConfig.model_fields}
         if config.keys() != known.keys() or not all(key in self._parts for key in known.values()):
-            plain = validate(config).model_dump(mode="json", by_alias=True)
+            plain = validate(config, composed.typed).model_dump(mode="json", by_alias=True)
             for name, key in known.items():
                 self._parts.setdefault(key, plain[name])
         return {name: self._parts[key] for name, key in known.items()}

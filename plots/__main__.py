@@ -32,6 +32,7 @@ FIGURES = {  # name -> module, and its function where that is not `draw`; one th
     "pareto": "plots.pareto",
     "heatmap": "plots.heatmap",
     "bound": "plots.bound",
+    "powers": "plots.powers",
 }
 TABLES = {
     "table1": "plots.tables.layer_loss:table1",
@@ -42,8 +43,10 @@ TABLES = {
     "table6": "plots.tables.cost:table6",
     "table7": "plots.tables.storage:table7",
     "verdicts": "plots.verdicts:document",
+    "claims": "plots.claims:document",
 }
-OF_A_MODEL = "figure5"  # the output that --model is for
+OF_A_MODEL = ("figure5", "powers")  # the outputs that --model is for
+README = "readme"  # rewrites the numbers of README.md; not among all that are made by default
 ABSENT, WRONG = 1, 2
 
 
@@ -73,12 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     asked = _parser().parse_args(arguments)
     outputs = FIGURES | TABLES
-    unknown = [name for name in asked.outputs if name not in outputs]
+    unknown = [name for name in asked.outputs if name not in (*outputs, README)]
     for name in unknown:
-        _say(f"{name}: there is no such figure or table; choose from {', '.join(outputs)}")
-    if asked.model is not None and OF_A_MODEL not in asked.outputs:
+        _say(f"{name}: there is no such figure or table; choose from {', '.join((*outputs, README))}")
+    if asked.model is not None and not set(OF_A_MODEL) & set(asked.outputs):
         _say(
-            f"--model {asked.model}: only {OF_A_MODEL} takes a model; name it: python -m plots {OF_A_MODEL} --model ..."
+            f"--model {asked.model}: only {' and '.join(OF_A_MODEL)} take a model; name one: "
+            f"python -m plots {OF_A_MODEL[0]} --model ..."
         )
         return WRONG
     if problem := _unwritable(asked.output):
@@ -87,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = dict.fromkeys(name for name in asked.outputs or outputs if name in outputs)
     source = Source(asked.records)
     states = [_make(name, outputs[name], asked, source) for name in names]
+    states += [_rewrite()] if README in asked.outputs else []
     return max([WRONG if unknown or source.flawed else 0, *states])
 
 
@@ -113,6 +118,23 @@ def _make(name: str, entry: str, asked: argparse.Namespace, source: Source) -> i
         _say(f"{name}: not made: {error}")
         return WRONG
     print(f"{name}: {' '.join(map(str, paths))}, {time.perf_counter() - began:.1f} s", flush=True)
+    return 0
+
+
+def _rewrite() -> int:
+    """Make the numbers of README.md anew from the committed records, whichever others are named."""
+    from plots import readme
+    from plots.style import Absent
+
+    try:
+        changed = readme.update()
+    except Absent as error:
+        _say(f"{README}: not made: {error}")
+        return ABSENT
+    except (readme.WrongBlock, OSError) as error:
+        _say(f"{README}: not made: {error}")
+        return WRONG
+    print(f"{README}: {', '.join(changed) or 'nothing'} changed", flush=True)
     return 0
 
 
@@ -158,14 +180,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Make the paper's figures (PDF, SVG, PNG) and tables (Markdown, LaTeX, CSV), and the verdicts.",
     )
     names = ", ".join(FIGURES | TABLES)
-    parser.add_argument("outputs", nargs="*", metavar="OUTPUT", help=f"{names} (default: all)")
+    parser.add_argument(
+        "outputs", nargs="*", metavar="OUTPUT", help=f"{names} (default: all); {README}: the numbers of README.md"
+    )
     parser.add_argument(
         "--records", nargs="+", type=Path, default=[], metavar="FOLDER",
         help="results folders, or folders of records, to read instead of the repository's own plots/records",
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="PATH_OR_HUB_NAME",
-        help=f"of {OF_A_MODEL}: a model in the Hugging Face format instead of the packaged one",
+        help=f"of {' and '.join(OF_A_MODEL)}: a model in the Hugging Face format instead of the packaged one",
     )  # fmt: skip
     parser.add_argument("--style", choices=("paper", "screen"), default="paper", help="for print, or larger")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help="default: plots/out")

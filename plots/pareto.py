@@ -19,6 +19,7 @@ from plots import style
 from plots.chosen import chosen
 from plots.figure2 import newest
 from plots.records import Records, Trial
+from plots.settings import Setting
 from plots.tables.divergence import usable
 from wush_kernels.bench.measurement import BF16
 from wush_kernels.bench.record import RESULTS, Record
@@ -43,7 +44,7 @@ def draw(records: Records) -> Figure:
     _speed_panel(right, found.trials, record)
     handles = _handles(found.formats, found.transforms)
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles) // 2)
-    style.caption(figure, found.source)
+    style.caption(figure, f"{found.source}\nbars: 95% intervals over evaluated windows, where records keep them")
     return figure
 
 
@@ -87,9 +88,10 @@ def _speed_panel(axes: Axes, trials: Sequence[Trial], record: Record | None) -> 
 def _scatter(axes: Axes, points: Sequence[Point], smaller_is_better: bool) -> None:
     for trial, along in points:
         color = style.TRANSFORMS.get(trial.transform or "", style.BLACK)
-        axes.plot(
-            along, trial.metrics.kl, MARKERS.get(trial.format, "*"), color=color,
-            markerfacecolor=color if trial.algorithm == "gptq" else "white",
+        kl = Setting((trial,)).metric("kl")
+        axes.errorbar(
+            along, kl.mean, yerr=kl.ends, fmt=MARKERS.get(trial.format, "*"), color=color,
+            markerfacecolor="white" if trial.algorithm == "rtn" else color, elinewidth=0.6 * style.scale(),
         )  # fmt: skip
     best = front(points, smaller_is_better)
     axes.plot([along for _, along in best], [trial.metrics.kl for trial, _ in best], color=style.GREY, linestyle="--",

@@ -5,7 +5,7 @@ of each benchmark, a model a figure in the published order; of the five models t
 has other models that were run here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,19 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from plots import style
+from plots.numbers import Number
 from plots.platinum_tasks import Suite, suites
-from plots.records import Records
+from plots.records import BASELINE, Records
 from plots.reference import BENCHMARKS, Platinum, Unreadable, read
 from plots.settings import MODELS, order, shown
 
 Method = tuple[str, str | None, str | None]
 Array = NDArray[np.float64]
+ORIGINAL: Method = (BASELINE, None, None)
 DARK = 0.18  # luminance below which white stands out more than black
 PALER = 1.25  # the scale beyond the largest difference, so that numbers stand out from every colour
 COLUMNS = ("average", *BENCHMARKS)
-BELOW, BOX = 0.3, 0.32  # own runs: how far below the published dot, and the box's height, where methods are 1 apart
+BELOW = 0.3  # how far ours are below the published dot, where methods are 1 apart
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table: the average and each benchmark, and how far above BF16; NaN where BF16 is not known."""
+    """A line of a table: the average and each benchmark, and how far above the original; NaN where that is unknown."""
 
     name: str
     values: Array
@@ -48,11 +50,11 @@ class Line:
 
 
 def averages(records: Records) -> Figure:
-    """Figure 3: a panel a model, a line a method; BF16 is the dashed line. Boxes are own runs."""
+    """Figure 3: a panel a model, a line a method; the original is the dashed line. Crosses are ours."""
     panels = _panels(records)
-    known = {method(row) for panel in panels for row in panel.rows}
+    known = {row.method for panel in panels for row in panel.rows}
     known |= {one for panel in panels if panel.suite for one in panel.suite.settings}
-    methods = [one for one in _ordered(known) if one[0] != "bf16"]
+    methods = [one for one in _ordered(known) if one[0] != BASELINE]
     figure = style.figure(columns=2, height=1.1 + 0.14 * len(methods) * (1.4 if any(p.suite for p in panels) else 1))
     drawn = figure.subplots(1, len(panels), sharey=True)
     for axes, panel in zip(drawn, panels, strict=True):
@@ -65,7 +67,7 @@ def averages(records: Records) -> Figure:
     dots: list[Any] = [
         Line2D([], [], color=color, marker="o", linestyle="", label=name.upper()) for name, color in colors.items()
     ]
-    line = Line2D([], [], color=style.GREY, linestyle="--", label="BF16, one run")
+    line = Line2D([], [], color=style.GREY, linestyle="--", label="original (published: BF16), one run")
     figure.legend(handles=[*dots, line], loc="outside upper center", ncols=len(dots) + 1)
     style.caption(figure, _average_caption(panels))
     return figure
@@ -93,7 +95,7 @@ def figure10(records: Records) -> Figure:
 
 
 def benchmarks(which: Sequence[int], records: Records, further: Sequence[Suite] = ()) -> Figure:
-    """A table a model: means in percent, coloured by their distance from BF16, on one scale for all models."""
+    """A table a model: means in percent, coloured by their distance from the original, on one scale for all models."""
     models, own = by_model(), {shown(suite.model): suite for suite in suites(records) if suite.platinum}
     tables = {model: _published_lines(rows) for model, rows in models.items()}
     chosen = {model: tables[model] + _own_lines(own.get(model)) for model in (list(models)[number] for number in which)}
@@ -107,27 +109,22 @@ def benchmarks(which: Sequence[int], records: Records, further: Sequence[Suite] 
         axes.set_title(model, loc="left")
     panels[-1].set_xticks(np.arange(len(COLUMNS)) + 0.5, COLUMNS, rotation=40, ha="right", rotation_mode="anchor")
     bar: Any = figure.colorbar(mesh, ax=list(panels), pad=0.01, fraction=0.03, aspect=30)
-    bar.set_label("points above BF16")
+    bar.set_label("points above the original")
     bar.outline.set_visible(False)
     ours = [suite for model, suite in own.items() if model in chosen]
-    style.caption(figure, f"{_source(ours)}; percent, means over runs (BF16: one run)")
+    style.caption(figure, f"{_source(ours)}; percent, means over runs (published BF16: one run)")
     return figure
 
 
 def by_model() -> dict[str, list[Platinum]]:
-    """The published rows of each model, BF16 first; raises `Unreadable`."""
+    """The published rows of each model, the original in BF16 first; raises `Unreadable`."""
     found: dict[str, dict[Method, Platinum]] = {}
     for row in read(Platinum):
-        found.setdefault(row.model, {})[method(row)] = row
+        found.setdefault(row.model, {})[row.method] = row
     for model, rows in found.items():
-        if not any(one[0] == "bf16" for one in rows):
+        if not any(one[0] == BASELINE for one in rows):
             raise Unreadable(f"no BF16 row of {model} in the published Platinum Benchmarks; restore plots/reference")
     return {model: [rows[one] for one in _ordered(set(rows))] for model, rows in found.items()}
-
-
-def method(row: Platinum) -> Method:
-    """What the row was quantized with."""
-    return row.format, row.algorithm, row.transform
 
 
 def named(one: Method) -> str:
@@ -177,10 +174,10 @@ def _average_caption(panels: Sequence[Panel]) -> str:
     runs = [row.runs for panel in panels for row in panel.rows if row.std_between_runs is not None]
     spread = f"bars: standard deviation between {_range(runs)} runs"
     ours = [panel.suite for panel in panels if panel.suite]
-    counts = [len(suite.runs(one)) for suite in ours for one in suite.settings if one[0] != "bf16"]
-    boxes = f"\nboxes: quartiles of {_range(counts)} own runs" if counts else ""
+    counts = [len(suite.runs(one)) for suite in ours for one in suite.settings if one[0] != BASELINE]
+    crosses = f"\ncrosses: ours, 95% intervals of {_range(counts)} runs" if counts else ""
     other = "".join(f"; {suite.model}: {', '.join(suite.columns)}" for suite in ours if not suite.platinum)
-    return f"{_source(ours)}; {spread}{boxes}{other}; – : no {'number' if ours else 'published number'}"
+    return f"{_source(ours)}; {spread}{crosses}{other}; – : no {'number' if ours else 'published number'}"
 
 
 def _range(counts: Sequence[int]) -> str:
@@ -189,16 +186,16 @@ def _range(counts: Sequence[int]) -> str:
 
 
 def _average_panel(axes: Axes, methods: list[Method], panel: Panel) -> None:
-    found = {method(row): row for row in panel.rows}
+    found = {row.method: row for row in panel.rows}
     own = panel.suite.settings if panel.suite else {}
     if panel.rows:
         axes.axvline(panel.rows[0].average, color=style.GREY, linestyle="--")
-    elif panel.suite and ("bf16", None, None) in own:
-        axes.axvline(float(np.mean(panel.suite.averages(("bf16", None, None)))), color=style.GREY, linestyle="--")
+    elif panel.suite and ORIGINAL in own and (original := panel.suite.average(ORIGINAL)):
+        axes.axvline(original.mean, color=style.GREY, linestyle="--")
     for y, one in enumerate(methods):
         color = _color(one)
-        if one in own and panel.suite:
-            _box(axes, panel.suite.averages(one), y + (BELOW if panel.rows else 0), color)
+        if one in own and panel.suite and (number := panel.suite.average(one)):
+            _cross(axes, number, y + (BELOW if panel.rows else 0), color)
         if (row := found.get(one)) is not None:
             axes.errorbar(row.average, y, xerr=row.std_between_runs, fmt="o", color=color, capsize=2 * style.scale())
         elif one not in own:
@@ -212,12 +209,9 @@ def _average_panel(axes: Axes, methods: list[Method], panel: Panel) -> None:
     axes.locator_params(axis="x", nbins=4, integer=True)
 
 
-def _box(axes: Axes, values: list[float], y: float, color: str) -> None:
-    look = {"color": color, "linewidth": 0.8 * style.scale()}
-    axes.boxplot(
-        values, positions=[y], widths=BOX, orientation="horizontal", manage_ticks=False, boxprops=look,
-        whiskerprops=look, capprops=look, medianprops=look, flierprops={"marker": ".", "markeredgecolor": color},
-    )  # fmt: skip
+def _cross(axes: Axes, number: Number, y: float, color: str) -> None:
+    """Ours, with its 95% interval where it has one."""
+    axes.errorbar(number.mean, y, xerr=number.ends, fmt="x", color=color, capsize=1.2 * style.scale())
 
 
 def _values(rows: list[Platinum]) -> Array:
@@ -225,22 +219,23 @@ def _values(rows: list[Platinum]) -> Array:
 
 
 def _published_lines(rows: list[Platinum]) -> list[Line]:
-    """BF16 is the first row."""
+    """The original is the first row."""
     values = _values(rows)
-    return [Line(named(method(row)), own, own - values[0]) for row, own in zip(rows, values, strict=True)]
+    return [Line(named(row.method), own, own - values[0]) for row, own in zip(rows, values, strict=True)]
 
 
 def _own_lines(suite: Suite | None) -> list[Line]:
     if suite is None:
         return []
-    values = {
-        one: np.array(
-            [np.mean(suite.averages(one)), *(np.mean([run[name] for run in suite.runs(one)]) for name in BENCHMARKS)]
-        )
-        for one in _ordered(set(suite.settings))
-    }
-    original = values.get(("bf16", None, None), np.full(len(COLUMNS), np.nan))
+    values = {one: _means(list(suite.runs(one).values())) for one in _ordered(set(suite.settings))}
+    original = values.get(ORIGINAL, np.full(len(COLUMNS), np.nan))
     return [Line(f"ours: {named(one)}", own, own - original) for one, own in values.items()]
+
+
+def _means(runs: Sequence[Mapping[str, float]]) -> Array:
+    """Of the average and of each benchmark."""
+    columns = np.array([[run[name] for name in BENCHMARKS] for run in runs]).mean(axis=0)
+    return np.concatenate([[columns.mean()], columns])
 
 
 def _luminance(color: Any) -> float:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from plots.numbers import Number
 from plots.records import Records, Trial
 from plots.reference import BENCHMARKS
 from plots.settings import NAMES, Method, Setting, select
@@ -29,13 +30,13 @@ class Suite:
         """Whether the tasks are the Platinum Benchmarks."""
         return self.columns == PLATINUM
 
-    def runs(self, one: Method) -> list[dict[str, float]]:
-        """Percent of each column, a run each."""
+    def runs(self, one: Method) -> lm_eval.Runs:
+        """Percent of each column in each run."""
         return lm_eval.runs_of(self.settings[one], self.columns)
 
-    def averages(self, one: Method) -> list[float]:
-        """Of all columns, a run each."""
-        return [sum(run.values()) / len(run) for run in self.runs(one)]
+    def average(self, one: Method) -> Number | None:
+        """Of all columns, over runs; None where a trial lacks some."""
+        return lm_eval.scores(self.settings[one], self.columns).average
 
     @property
     def trials(self) -> list[Trial]:

@@ -19,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Metrics, Record, Stage, Task
+from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Layer, Metrics, Record, Stage, Task, Windows
+from wush.version import METHOD_VERSION
 
 COMMITTED = Path(__file__).parent / "records"
 PARTS = ("model", "format", "transform", "algorithm", "calibration", "evaluation")
-BASELINE = "bf16"
+BASELINE = "original"
+BASELINES = (BASELINE, "bf16")  # and what old records and the paper call it
 NEUTRAL = ("batch_size", "layer_loss")  # keys of a config that change no result
+SEEDS = ("seed", "seeds", "signs")  # keys by which runs of one setting differ
 NAMED = 3  # files that a note names; of more it gives the number
-LOSSES = ("mse", "relative", "even", "bound")
+LOSSES = ("mse", "relative", "even", "paper_fp", "paper_int", "bound")
 
 
 class NoRecords(ValueError):
@@ -35,7 +38,10 @@ class NoRecords(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Layer losses of a trial: `layers` are (decoder block, linear), `values` `(layers, 4)` in the order `LOSSES`."""
+    """Layer losses of a trial: `layers` are (decoder block, linear), `values` `(layers, 6)` in the order `LOSSES`.
+
+    NaN where the record kept no such prediction.
+    """
 
     layers: tuple[tuple[int, str], ...]
     values: NDArray[np.float64]
@@ -52,8 +58,11 @@ class Losses:
 class Trial:
     """A finished trial: which option it chose of each group, None where the group did not matter, and what it found.
 
-    `seeds`: all of its config. `settings`: the config of those groups without seeds. `evaluated`: the SHA-256 of the
-    evaluated token ids. `blocks`: the decoder blocks it was restricted to; None: all. `weights`: those quantized.
+    `seeds`: all of its config but those of the evaluation, which are `task_seeds`. `draw`: those by which it is paired
+    with a trial of another method. `settings`: the config of those groups without seeds, and the version of the method.
+    `evaluated`: the SHA-256 of the evaluated token ids, `windows` the sums over each of its windows, if kept. `blocks`:
+    the decoder blocks it was restricted to; None: all. `weights`: those quantized. `losses_on`: the text that layer
+    losses were measured on.
     """
 
     trial_id: str
@@ -64,16 +73,29 @@ class Trial:
     calibration: str | None
     evaluation: str | None
     seeds: str
+    task_seeds: str
+    draw: tuple[int, int | None]
     settings: dict[str, Any]
     evaluated: str
     blocks: tuple[int, ...] | None
     metrics: Metrics
+    windows: Windows | None
     tasks: dict[str, Task]
     losses: Losses
+    losses_on: str
     stages: dict[str, Stage]
     weights: int
     device: str
+    environment: dict[str, Any]
+    versions: dict[str, str]
+    model_note: str
+    method_version: int
     finished_at: datetime
+
+    @property
+    def old(self) -> bool:
+        """Whether an earlier version of the method made it, whose numbers are not today's."""
+        return self.method_version < METHOD_VERSION
 
     @property
     def whole(self) -> bool:
@@ -167,30 +189,40 @@ def _files(folder: Path) -> list[Path]:
 
 def _light(record: Record) -> Trial:
     """Raises `ValueError` for a number that is not finite."""
-    choices, config = record.choices, record.config
+    config, choices = record.config, dict(record.choices)
+    if choices.get("format") in BASELINES:
+        choices["format"] = BASELINE
+    parts = [part for part in PARTS if part in choices]
     restricted = config.get("quantize", {}).get("blocks")
-    losses = _losses(record)
-    _check_finite(losses, record.tasks)
+    _check_finite(record.tasks)
     return Trial(
         trial_id=record.trial_id,
         **{part: sys.intern(choices[part]) if part in choices else None for part in PARTS},  # type: ignore[arg-type]
-        seeds=json.dumps(_seeds({part: config.get(part) for part in PARTS if part in choices})),
-        settings=_settings(config, [part for part in PARTS if part in choices]),
+        seeds=json.dumps(_seeds({part: config.get(part) for part in parts if part != "evaluation"})),
+        task_seeds=json.dumps(_seeds({"evaluation": config.get("evaluation")})),
+        draw=(record.seed, (config.get("transform") or {}).get("signs") if "transform" in parts else None),
+        settings=_settings(config, parts) | {"method": {"version": record.method_version}},
         evaluated=record.data["evaluation"].ids_sha256 if "evaluation" in record.data else "",
         blocks=None if restricted is None else tuple(restricted),
         metrics=record.metrics,
+        windows=record.windows,
         tasks=record.tasks,
-        losses=losses,
+        losses=_losses(record),
+        losses_on=sys.intern((config.get("measure") or {}).get("layer_loss") or "held_out"),
         stages=record.stages,
         weights=sum(layer.weights for block in record.blocks for layer in block.layers),
         device=sys.intern(str(record.environment.get("device", "unknown machine"))),
+        environment=record.environment,
+        versions=record.versions,
+        model_note=record.model_note or "",
+        method_version=record.method_version,
         finished_at=record.finished_at,
     )
 
 
 def _losses(record: Record) -> Losses:
     found = [
-        (_place(block.index, layer.name), [getattr(layer.loss, name) for name in LOSSES])
+        (_place(block.index, layer.name), [_finite(block.index, layer, name) for name in LOSSES])
         for block in record.blocks
         for layer in block.layers
         if layer.loss is not None
@@ -198,6 +230,16 @@ def _losses(record: Record) -> Losses:
     return Losses(
         tuple(place for place, _ in found), np.array([values for _, values in found]).reshape(-1, len(LOSSES))
     )
+
+
+def _finite(block: int, layer: Layer, name: str) -> float:
+    """A loss of the layer, NaN where the record has none; raises `ValueError` for another that is no number."""
+    value: float | None = getattr(layer.loss, name)
+    if value is None:
+        return math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"the {name} of decoder block {block}, {layer.name.rpartition('.')[2]} is {value}")
+    return value
 
 
 @functools.cache
@@ -216,7 +258,9 @@ def _settings(config: dict[str, Any], parts: Iterable[str]) -> dict[str, Any]:
 def _without(value: Any) -> Any:
     """A part of a config without seeds and without what changes no result."""
     if isinstance(value, dict):
-        return {key: _without(own) for key, own in value.items() if key not in ("seed", *NEUTRAL)}
+        own = {key: _without(one) for key, one in value.items() if key not in (*SEEDS, *NEUTRAL)}
+        # Sampled signs are draws of one setting, which canonical ones are none of.
+        return own | ({"signs": "sampled"} if value.get("signs") is not None else {})
     return value
 
 
@@ -224,14 +268,11 @@ def _seeds(value: Any) -> Any:
     """The seeds in a part of a config, where they stand."""
     if not isinstance(value, dict):
         return None
-    own = {key: one if key == "seed" else _seeds(one) for key, one in value.items() if key != "model"}
+    own = {key: one if key in SEEDS else _seeds(one) for key, one in value.items() if key != "model"}
     return {key: one for key, one in own.items() if one is not None} or None
 
 
-def _check_finite(losses: Losses, tasks: dict[str, Task]) -> None:
-    for place, name in np.argwhere(~np.isfinite(losses.values)):
-        block, layer = losses.layers[place]
-        raise ValueError(f"the {LOSSES[name]} of decoder block {block}, {layer} is {losses.values[place, name]}")
+def _check_finite(tasks: dict[str, Task]) -> None:
     for name, task in tasks.items():
         for run in task.runs:
             if task.metric not in run.values:

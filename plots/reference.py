@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from plots.records import BASELINE
+
 FOLDER = Path(__file__).parent / "reference"
 BENCHMARKS = (
     *("SingleOp", "SingleQ", "MultiArith", "SVAMP", "GSM8K", "MMLU-Math", "BBHDeduction", "BBHCounting"),
@@ -29,6 +31,11 @@ class _Trial(_Row):
     format: str
     algorithm: str | None
     transform: str | None
+
+    @property
+    def method(self) -> tuple[str, str | None, str | None]:
+        """What the row was quantized with, as records name it: BF16 is the original model."""
+        return BASELINE if self.format == "bf16" else self.format, self.algorithm, self.transform
 
 
 class Speedup(_Row):

@@ -7,10 +7,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from plots.records import PARTS, Trial
+from experiments.records import Metrics
+from plots.numbers import Number
+from plots.records import BASELINE, PARTS, Trial
+from wush.intervals import Metric
 
 # The paper's models, and the option of the config group `model` of each.
 MODELS = {
@@ -21,36 +23,24 @@ MODELS = {
     "Qwen3-32B": "qwen3_32b",
 }
 NAMES = {option: name for name, option in MODELS.items()}
-FORMATS = ("bf16", "mxfp4", "nvfp4", "int4", "mxfp8")
+FORMATS = (BASELINE, "mxfp4", "nvfp4", "int4", "mxfp8")
 TRANSFORMS = ("i", "r", "h", "hu", "sq", "wus", "wush")
-ALGORITHMS = ("rtn", "gptq")
+ALGORITHMS = ("rtn", "gptq", "mr_gptq")
 SHOWN_HASH = 8  # digits of it that are shown
-# What methods that are compared have in common, and the calibration sets of the experiments: the paper's, and at small
-# scale.
-SHARED = ("calibration", "evaluation", "quantize")
+# What methods that are compared have in common, of the method its version; and the calibration sets of the experiments:
+# the paper's, and at small scale.
+SHARED = ("method", "calibration", "evaluation", "quantize")
 DEFAULTS = ("fineweb_edu", "embedded")
 Method = tuple[str, str | None, str | None]
 Key = TypeVar("Key", bound=Hashable)
 
 
-@dataclass(frozen=True)
-class Number:
-    """The mean of one or several runs; `std`: the sample standard deviation between them, None for one."""
-
-    mean: float
-    std: float | None = None
-    runs: int = 1
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Number | None":
-        """None of no values."""
-        if not values:
-            return None
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-    def scaled(self, factor: float) -> "Number":
-        """The same in another unit."""
-        return Number(self.mean * factor, None if self.std is None else self.std * factor, self.runs)
+VALUES: Final[dict[Metric, Callable[[Metrics], float]]] = {
+    "kl": lambda own: own.kl,
+    "perplexity": lambda own: own.perplexity,
+    "gap": lambda own: own.perplexity - own.perplexity_original,
+    "top1": lambda own: own.top1,
+}
 
 
 @dataclass(frozen=True)
@@ -65,11 +55,26 @@ class Setting:
         """Any of them."""
         return self.trials[0]
 
+    @property
+    def draws(self) -> dict[Hashable, Trial]:
+        """The trials by what tells them apart: the seeds that other methods have too, if these do."""
+        found: dict[Hashable, Trial] = {trial.draw: trial for trial in self.trials}
+        if len(found) < len(self.trials):
+            return {(trial.seeds, trial.task_seeds): trial for trial in self.trials}
+        return found
+
     def number(self, value: Callable[[Trial], float]) -> Number:
         """A value over the trials."""
-        found = Number.of([value(trial) for trial in self.trials])
+        found = Number.of({draw: value(trial) for draw, trial in self.draws.items()})
         assert found is not None
         return found
+
+    def metric(self, metric: Metric) -> Number:
+        """A metric of the evaluated text: over the trials, or over its windows where there is one or all are equal."""
+        first, values = self.first, {VALUES[metric](trial.metrics) for trial in self.trials}
+        if len(values) == 1 and first.windows is not None:
+            return Number.of_windows(next(iter(values)), first.windows, metric, first.evaluated)
+        return self.number(lambda trial: VALUES[metric](trial.metrics))
 
 
 @dataclass(frozen=True)
@@ -103,18 +108,19 @@ def alike(
 ) -> tuple[list[Trial], tuple[str, ...]]:
     """The trials with those settings of the parts `shared` that most methods have, and what is said of the others.
 
-    Ties go to the experiments' own calibration set, then to more runs, never to the newest. A trial that lacks a part
-    (the original model is not calibrated) goes with any.
+    Of several versions of the method it is the latest. Ties go to the experiments' own calibration set, then to more
+    runs, never to the newest. A trial that lacks a part (the original model is not calibrated) goes with any.
     """
     told = [(_run_with(trial, by_tasks, shared), trial) for trial in trials]
     kinds = {json.dumps(own, sort_keys=True): own for own, _ in told}
     if not kinds:
         return [], ()
 
-    def rank(name: str) -> tuple[int, int, int, str]:
+    def rank(name: str) -> tuple[int, int, int, int, str]:
         own = [trial for one, trial in told if _fits(one, kinds[name])]
         default = kinds[name].get("calibration", {}).get("calibration", "")
-        return -len(set(map(method, own))), _place(DEFAULTS, default), -sum(map(_runs, own)), name
+        version = max(trial.method_version for trial in own)
+        return -version, -len(set(map(method, own))), _place(DEFAULTS, default), -sum(map(_runs, own)), name
 
     best = kinds[min(kinds, key=rank)]
     others = Counter(_difference(one, best) for one, _ in told if not _fits(one, best))
@@ -136,7 +142,8 @@ def by_key(trials: Iterable[Trial], key: Callable[[Trial], Key], by_tasks: bool 
     found: dict[Key, dict[str, dict[str, Trial]]] = defaultdict(lambda: defaultdict(dict))
     for trial in sorted(trials, key=lambda trial: trial.finished_at):
         setting = json.dumps(_told(trial, by_tasks), sort_keys=True)
-        found[key(trial)][setting][trial.seeds] = trial  # the newest of those that differ in nothing that counts
+        seeds = trial.seeds + (trial.task_seeds if by_tasks else "")
+        found[key(trial)][setting][seeds] = trial  # the newest of those that differ in nothing that counts
     return {one: _noted([list(group.values()) for group in groups.values()], by_tasks) for one, groups in found.items()}
 
 

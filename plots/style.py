@@ -25,7 +25,7 @@ ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILLION, PURPLE, BLACK = "#0072B2", "#D55E00", "#CC79A7", "#000000"
 GREY, PALE = "#666666", "#DDDDDD"
 
-FORMATS = {"bf16": GREY, "mxfp4": BLUE, "nvfp4": ORANGE, "int4": GREEN, "mxfp8": SKY}
+FORMATS = {"original": GREY, "mxfp4": BLUE, "nvfp4": ORANGE, "int4": GREEN, "mxfp8": SKY}
 TRANSFORMS = {"i": GREY, "r": SKY, "h": BLUE, "hu": PURPLE, "w": YELLOW, "sq": ORANGE, "wus": GREEN, "wush": VERMILLION}
 
 # Without dates or versions, a file depends on nothing but what it shows.

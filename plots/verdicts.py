@@ -6,6 +6,7 @@
 from collections import defaultdict
 
 from plots.items import items
+from plots.numbers import Number
 from plots.orderings import (
     HOLDS,
     NOT_YET,
@@ -19,19 +20,24 @@ from plots.orderings import (
 )
 from plots.records import Records
 from plots.reference import Speedup, read
-from plots.settings import MODELS, Number
+from plots.settings import MODELS
+from plots.tables.render import number
 from plots.tables.storage import agreement, of_model
 from plots.tables.table import ours
 
 RULES = """\
 An ordering of two methods is the paper's where the published gap is larger than the root sum of squares of the stated
 standard deviations (any gap, where none is stated) and all published models with such a gap agree. Ours holds or is
-reversed by the same rule, with our standard deviations between seeds or, of a single run of tasks, standard errors; it
-is undecided within them. Reproduced with the same ordering: some hold, none is reversed. In part: more hold than are
-reversed. Contradicted: at least as many are reversed. Not yet: none is decided. Methods are compared with the
-calibration, evaluation and quantize settings that most of a model's methods share. The best of a part is compared with
-that of the same model in the paper, or else with the one that all of the paper's models agree on. Our models and texts
-are not the paper's, unless they are named as such: this compares orders, never numbers.
+reversed where the 95% interval of the difference excludes 0, and is undecided else. The interval is that of pairs
+where both methods have them: of the same seeds (Student's t), of the same evaluated windows (bootstrap), of the same
+documents of a task (bootstrap; averages of tasks by their intervals); else that of two independent numbers. Where
+nothing was kept that tells an interval, an ordering is undecided; but layer losses of single trials are what they are
+for their tokens, and any gap counts. Reproduced with the same ordering: some hold, none is reversed. In part: more
+hold than are reversed. Contradicted: at least as many are reversed. Not yet: none is decided. Of 20 orderings in
+which nothing differs one is clear by chance. Methods are compared with the latest version of the method and with the
+calibration, evaluation and quantize settings that most of a model's methods share. The best of a part is compared
+with that of the same model in the paper, or else with the one that all of the paper's models agree on. Our models and
+texts are not the paper's, unless they are named as such: this compares orders, never numbers.
 """
 STATES = (HOLDS, REVERSED, UNDECIDED, OPEN)
 WITHOUT = "figures 1, 4, 5, 6"
@@ -39,15 +45,24 @@ WITHOUT = "figures 1, 4, 5, 6"
 
 def document(records: Records) -> str:
     """All verdicts in Markdown: a summary, then every ordering of each item."""
-    verdicts = [judge(item) for item in items(records)]
+    verdicts = judged(records)
     lines = ["# Verdicts", "", ours(records.trials), *(f"Left out: {note}." for note in records.notes), "", RULES]
     lines += [_row(("item", "verdict", "numbers")), _row(["---"] * 3)]
-    lines += [_row((one.item.name, told(one), numbers(one))) for one in verdicts]
-    lines += [_row(line) for line in (_storage(), _speed())]
+    lines += [_row(line) for line in summary(verdicts)]
     lines += [_row((WITHOUT, "-", "drawn from theory and our own models: no published numbers to compare with")), ""]
     for one in verdicts:
         lines += _section(one)
     return "\n".join(lines)
+
+
+def judged(records: Records) -> list[Verdict]:
+    """Every item's."""
+    return [judge(item) for item in items(records)]
+
+
+def summary(verdicts: list[Verdict]) -> list[tuple[str, str, str]]:
+    """Item, verdict and numbers of each, and of what is not ordered."""
+    return [*((one.item.name, told(one), numbers(one)) for one in verdicts), _storage(), _speed()]
 
 
 def told(verdict: Verdict) -> str:
@@ -63,11 +78,17 @@ def numbers(verdict: Verdict) -> str:
     models = dict.fromkeys(check.model for check in verdict.checks if check.model)
     parts = [f"{holds} of {decided} decided orderings hold" if decided else "no ordering decided"]
     same, other, undecided = best_of_parts(verdict.item)
-    within = f" ({undecided} more within the spread)" if undecided else ""
-    parts += [f"the best is the same in {same} of {same + other} parts{within}"] if same + other + undecided else []
-    parts += [f"{verdict.count(UNDECIDED)} within our spread"] if verdict.count(UNDECIDED) else []
+    within = f" ({undecided} more undecided)" if undecided else ""
+    parts += [f"the best is the same in {same} of {same + other} parts{within}"] if same + other else []
+    parts += [_undecided(verdict)] if verdict.count(UNDECIDED) else []
     parts += [f"{verdict.count(OPEN)} not run"] if verdict.count(OPEN) else []
     return ", ".join(parts) + (f"; ours: {'; '.join(models)}" if models else "")
+
+
+def _undecided(verdict: Verdict) -> str:
+    blind = sum(check.state == UNDECIDED and check.interval is None for check in verdict.checks)
+    without = f" ({blind} of them without an interval)" if blind else ""
+    return f"{verdict.count(UNDECIDED)} undecided{without}"
 
 
 def _storage() -> tuple[str, str, str]:
@@ -84,7 +105,7 @@ def _speed() -> tuple[str, str, str]:
     layers, record = read(Speedup), newest(RESULTS)
     if record is None:
         return "figure2", NOT_YET, "no record of a GPU"
-    whole = [(label.partition(" ")[0], ratios) for label, _, ratios in measured(record, layers).series[1:]]
+    whole = [(label.partition(" ")[0], ratios) for label, _, ratios in measured(record, layers).series[2:]]
     faster = [f"{label} {_counted([one > 1 for one in ratios if one])}" for label, ratios in whole]
     published = _counted([layer.wush_quantize_matmul > 1 for layer in layers])
     both = f"published (RTX 5090) {published}, ours ({record.environment['gpu']}) {', '.join(faster)}"
@@ -96,10 +117,10 @@ def _counted(true: list[bool]) -> str:
 
 
 def _section(verdict: Verdict) -> list[str]:
-    """A row for each pair of methods of a format, all linears of it together."""
+    """A row for each pair of methods of a format, all its linears or tasks together."""
     grouped: dict[tuple[str, str, str], list[Check]] = defaultdict(list)
     for check in verdict.checks:
-        part = check.part.partition(" ")[0] if verdict.item.name == "table1" else check.part
+        part = check.part.partition(" ")[0] if _by_part(verdict) else check.part
         grouped[part, check.better, check.worse].append(check)
     lines = [f"## {verdict.item.name}: {told(verdict)}", "", f"{verdict.item.what}; {numbers(verdict)}.", ""]
     if verdict.item.left_out:
@@ -117,12 +138,16 @@ def _example(verdict: Verdict, checks: list[Check]) -> tuple[str, str]:
     digits = verdict.item.digits
 
     def pair(both: tuple[Number, Number]) -> str:
-        return " against ".join(
-            f"{one.mean:.{digits}f}" + (f" ± {one.std:.{digits}f}" if one.std else "") for one in both
-        )
+        return " against ".join(number(one, digits) for one in both)
 
-    where = f"{check.part.partition(' ')[2]}: " if verdict.item.name == "table1" else ""
-    return where + pair(check.published), f"{pair(check.ours)} ({check.model})" if check.ours else OPEN
+    where = f"{check.part.partition(' ')[2]}: " if _by_part(verdict) else ""
+    gap = f", difference {check.interval.low:.{digits}f} to {check.interval.high:.{digits}f}" if check.interval else ""
+    return where + pair(check.published), f"{pair(check.ours)}{gap} ({check.model})" if check.ours else OPEN
+
+
+def _by_part(verdict: Verdict) -> bool:
+    """Whether the parts of a format (its linears, its tasks) are told together."""
+    return verdict.item.name == "table1" or verdict.item.name.endswith("by task")
 
 
 def _row(cells: "tuple[str, ...] | list[str]") -> str:

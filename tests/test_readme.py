@@ -11,6 +11,8 @@ import wush
 import wush.formats
 import wush.transforms
 from experiments.schema import validate
+from plots.readme import rewritten
+from plots.records import load
 from tests.experiments.conftest import config
 
 ROOT = Path(__file__).parent.parent
@@ -67,4 +69,9 @@ def test_every_option_of_a_group_is_in_the_table(group: str) -> None:
 
 
 def test_no_number_is_left_to_fill_in() -> None:
-    assert not re.findall(r"<!--|\bORIGINAL\b|\bMACHINE\b|\bREFIT\b", README)
+    blocks = re.sub(r"<!-- made by python -m plots readme: (\w+) -->(.*?)<!-- /\1 -->", r"\2", README, flags=re.DOTALL)
+    assert not re.findall(r"<!--|\bORIGINAL\b|\bMACHINE\b|\bREFIT\b", blocks)
+
+
+def test_the_numbers_are_those_of_the_committed_records() -> None:
+    assert rewritten(README, load()) == README, "run python -m plots readme"

@@ -172,7 +172,7 @@ class HubText(TextWindows):
     def _too_few(self, documents: int, held: str, available: int, what: str) -> str:
         return (
             f"{documents} documents of {self.source()} are too few: {held}, {available} windows of "
-            f"{self.window_length}, but {self.windows or 1} are asked for; use a longer text, a shorter "
+            f"{self.window_length}, but {self.windows or 1} are asked for; use another dataset, a shorter "
             f"{what}.window_length or fewer {what}.windows"
         )
 

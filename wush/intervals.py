@@ -61,40 +61,70 @@ class Windows(Protocol):
     def predictions(self) -> Sequence[int]: ...
 
 
-def of_metric(windows: Windows, metric: Metric) -> Interval | None:
+class Sums:
+    """The sums of windows as one array, light enough to keep for thousands of trials; an interval is made once."""
+
+    def __init__(self, windows: Windows) -> None:
+        names = ("nll", "nll_original", "kl", "agree", "predictions")
+        self.array: Numbers = np.array([getattr(windows, name) for name in names], dtype=np.float64)  # (5, windows)
+        self._known: dict[Metric, Interval | None] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sums) and np.array_equal(self.array, other.array)
+
+    __hash__ = None  # type: ignore[assignment]  # equal by content
+
+    def interval(self, metric: Metric) -> Interval | None:
+        """As `of_metric`."""
+        if metric not in self._known:
+            self._known[metric] = _over(self.array, lambda sums: _value(sums, metric))
+        return self._known[metric]
+
+
+def of_metric(windows: Windows | Sums, metric: Metric) -> Interval | None:
     """The interval of one trial's metric over its windows; None of fewer than two windows."""
-    return _over(_sums(windows), lambda sums: _value(sums, metric))
+    return _as_sums(windows).interval(metric)
 
 
-def paired(a: Windows, b: Windows, metric: Metric) -> Interval | None:
+def paired(a: Windows | Sums, b: Windows | Sums, metric: Metric) -> Interval | None:
     """The interval of B's metric minus A's on the same windows; None of fewer than two.
 
     Raises `ValueError` if the windows cannot be the same: others in number or in predictions.
     """
-    if list(a.predictions) != list(b.predictions):
+    first, second = _as_sums(a).array, _as_sums(b).array
+    if not np.array_equal(first[-1], second[-1]):
         raise ValueError(
-            f"windows of {len(a.predictions)} and {len(b.predictions)} with other predictions are not the same "
+            f"{first.shape[1]} and {second.shape[1]} windows that do not agree in their predictions are not the same "
             "windows: compare what was evaluated on the same tokens"
         )
-    both = np.concatenate([_sums(a), _sums(b)])
-    half = len(both) // 2
+    half = len(first)
+    both = np.concatenate([first, second])
     return _over(both, lambda sums: _value(sums[half:], metric) - _value(sums[:half], metric))
 
 
-def value(windows: Windows, metric: Metric) -> float:
+def value(windows: Windows | Sums, metric: Metric) -> float:
     """The metric over all predictions: a ratio of sums, not a mean of the windows' means."""
-    return float(_value(_sums(windows).sum(axis=1), metric))
+    return float(_value(_as_sums(windows).array.sum(axis=1), metric))
 
 
 def of_runs(values: Sequence[float]) -> Interval | None:
-    """The interval of a mean over runs, mean ± t sd / sqrt(n) with Student's t; None of one run, which says nothing."""
+    """The interval of a mean over runs, mean ± t sd / sqrt(n), Student's t; None of one, or where one is not finite."""
     count = len(values)
-    if count < 2:
+    if count < 2 or not all(map(math.isfinite, values)):
         return None
     mean = math.fsum(values) / count
     deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in values) / (count - 1))
     margin = student(count - 1) * deviation / math.sqrt(count)
     return Interval(mean - margin, mean + margin)
+
+
+def combined(intervals: Sequence[tuple[float, Interval]]) -> Interval:
+    """Of the mean of independent values, each with its interval: ends at the root of the summed squared distances."""
+    count = len(intervals)
+    mean = math.fsum(value for value, _ in intervals) / count
+    below = math.sqrt(math.fsum((value - one.low) ** 2 for value, one in intervals)) / count
+    above = math.sqrt(math.fsum((one.high - value) ** 2 for value, one in intervals)) / count
+    return Interval(mean - below, mean + above)
 
 
 def of_documents(outcomes: Sequence[float]) -> Interval | None:
@@ -143,10 +173,8 @@ def _within(angle: float, freedom: int) -> float:
     return (angle + sine * total) * 2 / math.pi if odd else sine * total
 
 
-def _sums(windows: Windows) -> Numbers:
-    """The sums of each window, (5, windows)."""
-    names = ("nll", "nll_original", "kl", "agree", "predictions")
-    return np.array([getattr(windows, name) for name in names], dtype=np.float64)
+def _as_sums(windows: Windows | Sums) -> Sums:
+    return windows if isinstance(windows, Sums) else Sums(windows)
 
 
 def _value(sums: Numbers, metric: Metric) -> Numbers:
@@ -175,7 +203,8 @@ def _over(sums: Numbers, statistic: Callable[[Numbers], Numbers]) -> Interval | 
     totals = sums.sum(axis=1, keepdims=True)
     whole, without = statistic(totals), statistic(totals - sums)
     interval = of_runs((count * whole - (count - 1) * without).tolist())
-    assert interval is not None
+    if interval is None:
+        return None
     shift = float(whole[0]) - (interval.low + interval.high) / 2  # around the estimate, not its jackknife
     return Interval(interval.low + shift, interval.high + shift)
 
@@ -230,5 +259,8 @@ def _between(values: Numbers, count: int) -> Interval:
     further out make up for both (Hesterberg, 2015, "What teachers should know about the bootstrap", section 3.3).
     """
     tail = math.erfc(student(count - 1) * math.sqrt(count / (count - 1) / 2)) / 2
-    low, high = np.quantile(values, (tail, 1 - tail))
+    ordered, place = np.sort(values), tail * (len(values) - 1)  # four times as fast as NumPy's quantile
+    whole, part = int(place), place - int(place)
+    low = ordered[whole] + part * (ordered[whole + 1] - ordered[whole])
+    high = ordered[-1 - whole] + part * (ordered[-2 - whole] - ordered[-1 - whole])
     return Interval(float(low), float(high))

@@ -58,7 +58,7 @@ def theory(weight_oi: Tensor, transform: Tensor | None, moments_ngg: Tensor, wha
         w_ong = apply_blocks(weight_oi.double(), back.mT).unflatten(1, (-1, size))
     a_ng, b_ng = (moments.diagonal(dim1=-2, dim2=-1) for moments in (of_inputs, of_weight))
     even = (a_ng.sum(-1) * b_ng.sum(-1)).sum() / size
-    peaks_x, peaks_w = (values.abs().amax(-1).square() for values in (x_ndg, w_ong))
+    peaks_x, peaks_w = (torch.linalg.vector_norm(values, torch.inf, -1).square() for values in (x_ndg, w_ong))
     paper_int = (b_ng.sum(-1) * peaks_x.mean(1) + a_ng.sum(-1) * peaks_w.mean(0)).sum() / 2
     return torch.stack([even, (a_ng * b_ng).sum(), paper_int, bound])
 

@@ -13,14 +13,19 @@ R = TypeVar("R")
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """While open, all modules are in evaluation mode; then each has its own mode again, a new one that of the model."""
+    """While open, all modules are in evaluation mode; then each has its own mode again, a new one its parent's."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module in model.modules():
-            module.training = modes.get(module, modes[model])
+        _put_back(model, modes, modes[model])
+
+
+def _put_back(module: nn.Module, modes: dict[nn.Module, bool], of_parent: bool) -> None:
+    module.training = modes.get(module, of_parent)
+    for child in module.children():
+        _put_back(child, modes, module.training)
 
 
 def in_evaluation_mode(function: Callable[Concatenate[nn.Module, P], R]) -> Callable[Concatenate[nn.Module, P], R]:

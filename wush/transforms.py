@@ -62,7 +62,7 @@ class Identity(Transform):
     name: ClassVar[str] = "i"
 
     def fit(self, weight_oi: Tensor, inputs: Inputs, what: str = "layer") -> Tensor:
-        return torch.eye(inputs.block_size, dtype=torch.float64, device=inputs.device)
+        return _identity_on(inputs.device, inputs.block_size)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class _Joint:
         """Of weights with the same inputs; raises `NumericError` where a moment is not finite or indefinite."""
         of_weights = torch.stack([weight_moments(weight, inputs.block_size) for weight in weights])
         of_inputs = inputs.moments_ngg.double()
-        dead = _all_zero(of_weights) | _all_zero(of_inputs)
+        dead = (_powers(of_weights) == 0) | (_powers(of_inputs) == 0)
         _warn_of_dead(dead, inputs, names)
         # Of a dead tile nothing is wanted, but the others' factorizations must not fail with its own.
         of_weights = _identity_where(dead, of_weights)
@@ -242,7 +242,7 @@ def _canonical(rows: Tensor) -> Tensor:
     """
     magnitudes = rows.abs()
     largest = magnitudes >= (1 - TIED) * magnitudes.amax(-1, keepdim=True)
-    places = torch.arange(rows.shape[-1], device=rows.device)
+    places = _places_on(rows.device, rows.shape[-1])
     # NaN has no largest entry; what is not finite is found later, or was.
     first = torch.where(largest, places, rows.shape[-1] - 1).amin(-1, keepdim=True)
     return torch.where(rows.gather(-1, first) < 0, -rows, rows)
@@ -264,15 +264,14 @@ def _draws(seed: int, what: str, inputs: Inputs) -> Iterator[torch.Generator]:
         yield torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
-def _all_zero(moments: Tensor) -> Tensor:
-    """Which of moments `(..., G, G)` have no nonzero entry; NaN is none."""
-    return (moments == 0).flatten(-2).all(-1)
+def _powers(moments: Tensor) -> Tensor:
+    """The largest diagonal entry of moments `(..., G, G)`: zero only where the whole moment is."""
+    return moments.diagonal(dim1=-2, dim2=-1).amax(-1)
 
 
 def _identity_where(flags: Tensor, matrices: Tensor) -> Tensor:
-    """Matrices `(..., G, G)`, those with a flag `(...)` replaced by the identity."""
-    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return torch.where(flags[..., None, None], identity, matrices)
+    """Matrices `(..., G, G)` float64, those with a flag `(...)` replaced by the identity."""
+    return torch.where(flags[..., None, None], _identity_on(matrices.device, matrices.shape[-1]), matrices)
 
 
 def _warn_of_dead(dead: Tensor, inputs: Inputs, names: Sequence[str]) -> None:
@@ -298,7 +297,7 @@ def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(matrices)  # on a GPU it waits for the device: torch offers no unchecked variant
 
 
-# Kept on each device, since a copy to a GPU waits for it.
+# Kept on each device: a copy to a GPU waits for it, and GPTQ fits tile by tile.
 @functools.cache
 def _rotation_on(device: torch.device, size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -309,6 +308,16 @@ def _rotations(gaussian: Tensor) -> Tensor:
     """Haar-random rotations of Gaussian matrices `(..., G, G)`; the signs of R's diagonal would else bias them."""
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+@functools.cache
+def _identity_on(device: torch.device, size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64, device=device)
+
+
+@functools.cache
+def _places_on(device: torch.device, size: int) -> Tensor:
+    return torch.arange(size, device=device)
 
 
 @functools.cache

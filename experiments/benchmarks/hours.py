@@ -107,11 +107,13 @@ def _measured_shape(costs: Costs) -> tuple[int, int, int, int, int, int]:
 
 
 def _quantizing(trial: Trial, costs: Costs) -> float:
-    """Seconds a block; a transform that was not measured takes as long as WUSH if it is fitted, else as Hadamard."""
+    """Seconds a block; a transform that was not measured takes as long as WUSH if it is fitted, else as Hadamard.
+
+    MR-GPTQ takes as long as GPTQ, which calibration makes up most of.
+    """
     transform = "h" if trial.choices["transform"] in ("i", "r", "h") else "wush"
-    (measured,) = [
-        one for one in costs.quantizing if (one.algorithm, one.transform) == (trial.choices["algorithm"], transform)
-    ]
+    algorithm = trial.choices["algorithm"].removeprefix("mr_")
+    (measured,) = [one for one in costs.quantizing if (one.algorithm, one.transform) == (algorithm, transform)]
     text = trial.config["calibration"]
     return measured.of(text["windows"] * text["window_length"])
 

@@ -1,6 +1,6 @@
 """From a launcher's config node to the launch that it stands for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -34,10 +34,10 @@ def carry_out(sweep: Sweep, node: dict[str, Any]) -> Sequence[Outcome]:
     return driver.run(sweep, launch_of(settings))
 
 
-def launcher_problems(node: dict[str, Any]) -> list[str]:
-    """All that is wrong with the launcher's keys, a line each."""
+def launcher_problems(node: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
+    """All that is wrong with the launcher's keys, a line each; `typed` as of `schema.validate`."""
     try:
-        validate_launcher(node)
+        validate_launcher(node, typed)
     except ConfigError as error:
         return str(error).splitlines()
     return []

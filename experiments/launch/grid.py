@@ -14,7 +14,7 @@ from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -80,8 +80,26 @@ def _values(override: Override, text: str) -> list[str]:
     """The single-valued overrides, as text, that an override stands for."""
     if not override.is_sweep_override() or not override.is_discrete_sweep():
         return [text]
-    key = override.get_key_element()
-    return [f"{key}={value}" for value in map(str, override.sweep_string_iterator())]
+    key, values = override.get_key_element(), list(map(str, override.sweep_string_iterator()))
+    listed = override.value()
+    typed = _pieces(text.partition("=")[2]) if isinstance(listed, ChoiceSweep) and listed.simple_form else []
+    # As typed where that is known: of 1e5 and 1.10, numbers to Hydra, it gives back 100000.0 and 1.1.
+    return [f"{key}={value}" for value in (typed if len(typed) == len(values) else values)]
+
+
+def _pieces(text: str) -> list[str]:
+    """What commas outside of quotes and brackets separate."""
+    pieces, depth, quote = [""], 0, ""
+    for before, letter in zip(" " + text, text, strict=False):
+        if letter in "\"'" and before != "\\" and quote in ("", letter):
+            quote = "" if quote else letter
+        elif not quote:
+            depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not quote and not depth:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece.strip() for piece in pieces]
 
 
 def compose(
@@ -260,7 +278,7 @@ class _Composer:
             self.problems["experiment: one sweep has one experiment; start one for each"] = None
             return None
         config = base.config([one for one in setting if one.key in base.keys], self.problems)
-        return None if config is None else Composed(config, base.choices)
+        return None if config is None else Composed(config, base.choices, sweep.typed(overrides))
 
     def _base(self, given: Sequence[_Given]) -> tuple[_Base | None, list[_Given]]:
         """The config as composed of what only Hydra can, and the overrides to be set in it."""

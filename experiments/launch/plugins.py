@@ -17,9 +17,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.launch import grid
+from experiments.launch import grid, plain_values  # noqa: F401  the latter says how config files are read
 from experiments.launch.choose import carry_out, launcher_problems
-from experiments.sweep import Composed
+from experiments.sweep import Composed, typed
 
 
 class GridSweeper(Sweeper):
@@ -59,7 +59,7 @@ class _SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         overrides = self._config.hydra.overrides.task
         node = as_node(self._config.hydra.launcher)
-        wrong = launcher_problems(node)
+        wrong = launcher_problems(node, typed(self._config.hydra.overrides.hydra))
         sweep = grid.planned(self._context.config_loader, self._config, job_overrides, overrides, wrong)
         outcomes = carry_out(sweep, node)
         return [JobReturn(overrides=[outcome.name], status=JobStatus.COMPLETED) for outcome in outcomes]
@@ -90,7 +90,7 @@ def as_node(launcher: DictConfig) -> dict[str, Any]:
 
 def as_composed(config: DictConfig, hydra_node: DictConfig) -> Composed:
     """A config as plain values, without its `hydra` node, and the choices that node knows."""
-    return Composed(grid.plain(config, resolve=True), grid.choices(hydra_node))
+    return Composed(grid.plain(config, resolve=True), grid.choices(hydra_node), typed(hydra_node.overrides.task))
 
 
 def _register() -> None:

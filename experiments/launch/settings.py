@@ -1,6 +1,7 @@
 """The keys of the launchers (`hydra/launcher=...`): their types and valid values. No SLURM, no torch."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -135,11 +136,16 @@ class _Root(_Strict):
     hydra: _Hydra
 
 
-def validate_launcher(node: dict[str, Any]) -> LocalSettings | LocalParallelSettings | SlurmSettings:
-    """The typed settings of a launcher's node; raises `ConfigError` that lists every wrong key."""
+def validate_launcher(
+    node: dict[str, Any], typed: Mapping[str, str] | None = None
+) -> LocalSettings | LocalParallelSettings | SlurmSettings:
+    """The typed settings of a launcher's node; raises `ConfigError` that lists every wrong key.
+
+    `typed` as of `schema.validate`.
+    """
     config = {"hydra": {"launcher": node}}
     try:
         return _Root.model_validate(config).hydra.launcher
     except ValidationError as error:
-        problems = [_explain(problem, config) for problem in error.errors()]
+        problems = [_explain(problem, config, typed or {}) for problem in error.errors()]
         raise ConfigError("\n".join(problems)) from error

@@ -22,7 +22,8 @@ SETTINGS_SHOWN = 40
 TRIALS_SHOWN = 3
 REASONS_SHOWN = 6
 LEGEND = (
-    "B - A: the mean of the paired differences ± its standard error; * larger than two of these, of 3 pairs or more"
+    "B - A ± 95% interval, bootstrapped over the windows (a task's documents) of one pair, Student's t over several; "
+    "* excludes 0"
 )
 
 
@@ -61,7 +62,7 @@ def to_terminal(comparison: Comparison) -> Table:
         labels = [*(escape(setting.labels[key]) for key in varying), str(len(setting.pairs))]
         for place, one in enumerate(setting.differences):
             last = place + 1 == len(setting.differences)
-            style = ("green" if one.better else "red") if one.clear else ""
+            style = ("green" if one.better else "red" if one.worse else "") if one.clear else ""
             difference = f"[{style}]{_difference(one)}[/]" if style else _difference(one)
             cells = [_metric(one), _number(one, one.a), _number(one, one.b), difference]
             table.add_row(*(labels if place == 0 else [""] * len(labels)), *cells, end_section=last)
@@ -95,7 +96,7 @@ def to_csv(comparison: Comparison) -> str:
     labels = list(dict.fromkeys(key for setting in comparison.settings for key in setting.labels))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*labels, "pairs", "metric", "a", "b", "difference", "standard_error", "clear"])
+    writer.writerow([*labels, "pairs", "metric", "a", "b", "difference", "low", "high", "clear"])
     for setting in comparison.settings:
         own = [*(setting.labels.get(key, "-") for key in labels), len(setting.pairs)]
         for name, values in _plain(setting).items():
@@ -192,22 +193,20 @@ def _number(one: Difference, value: float) -> str:
 def _difference(one: Difference, star: str = "*") -> str:
     digits = one.metric.digits
     mean = f"{0.0 if abs(one.mean) < 0.5 * 10**-digits else one.mean:+.{digits}f}"
-    error = "" if one.error is None else f" ± {one.error:.{digits}f}"
-    mark = (star if one.clear else " ") if one.error is not None else ""
-    return f"{mean}{error}{mark}"
+    if one.interval is None:
+        return mean
+    return f"{mean} ± {one.interval.margin(one.mean):.{digits}f}{star if one.clear else ' '}"
 
 
 def _plain(setting: Setting) -> dict[str, dict[str, Any]]:
-    return {
-        one.metric.key: {
-            **{
-                name: value / one.metric.scale for name, value in (("a", one.a), ("b", one.b), ("difference", one.mean))
-            },
-            "standard_error": None if one.error is None else one.error / one.metric.scale,
-            "clear": one.clear,
-        }
-        for one in setting.differences
-    }
+    return {one.metric.key: _in_units_of_records(one) for one in setting.differences}
+
+
+def _in_units_of_records(one: Difference) -> dict[str, Any]:
+    ends = (one.interval.low, one.interval.high) if one.interval else (None, None)
+    names = ("a", "b", "difference", "low", "high")
+    values = zip(names, (one.a, one.b, one.mean, *ends), strict=True)
+    return {name: None if value is None else value / one.metric.scale for name, value in values} | {"clear": one.clear}
 
 
 def _side(side: Side) -> dict[str, Any]:

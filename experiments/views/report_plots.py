@@ -1,4 +1,4 @@
-"""Geometry of the sweep report's plots: scales, round ticks, marks and lines, in SVG units.
+"""Geometry of the sweep report's plots: marks and lines, in SVG units.
 
 It draws nothing: the template turns these records into SVG. It reads results, never files.
 """
@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 
 from experiments.records import Result
-from experiments.views.selection import mean_of_tasks, rank
+from experiments.views.scales import Scale, Tick, index_scale, log_scale, metric_scale, number
+from experiments.views.selection import MEAN_OF_TASKS, rank
+from experiments.views.values import Value, measured, measured_task
 
-LOG_FROM_RATIO = 20.0  # largest over smallest value from which a dot plot's axis is logarithmic
 MAX_CURVES, MAX_MARKS = 24, 500  # in one plot
 DOTS_WIDTH, LANE, GROUP_PADDING, DOTS_TOP, DOTS_BOTTOM = 460.0, 17.0, 6.0, 24.0, 26.0
 CURVES_WIDTH, CURVES_HEIGHT, CURVES_LEFT, CURVES_TOP, CURVES_BOTTOM = 720.0, 380.0, 66.0, 12.0, 56.0
@@ -31,22 +33,31 @@ SHAPES = {
 }
 TRANSFORMS = ("i", "r", "h", "wus", "wush")  # their position is their colour and shape, the same in every report
 DASHES = ("", "7 4", "2 4", "10 4 2 4", "14 5", "5 2 1 2 1 2")
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A quantized trial as the plots tell it apart; `setting` is its format, and its algorithm where several are.
+    """A quantized trial, or the mean of those that differ by seed, as the plots tell it apart.
 
-    `linked`: its details are on the page.
+    `setting`: its format, and its algorithm where several are. `linked`: its details are on the page.
     """
 
     id: str
     name: str
     setting: str
     transform: str
-    result: Result
+    results: tuple[Result, ...]
     linked: bool
+
+    @property
+    def kl(self) -> float:
+        """By which trials are ranked."""
+        return measured(self.results, "kl", over_windows=False).value
+
+    def errors(self, calibration: bool) -> dict[int, float]:
+        """The relative error of each decoder block, mean over seeds; on the calibration tokens or held-out ones."""
+        found = [result.calibration_errors if calibration else result.errors for result in self.results]
+        return {index: fmean(own[index] for own in found) for index in found[0] if all(index in own for own in found)}
 
 
 @dataclass(frozen=True)
@@ -59,44 +70,16 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Tick:
-    """A labelled position on an axis."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Maps values from `low` to `high` onto SVG units from `start` to `end`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-    ticks: tuple[float, ...]
-
-    def at(self, value: float) -> float:
-        """The position of a value, rounded to 0.1 units."""
-        low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
-
-    def labelled(self) -> list[Tick]:
-        """The ticks, written alike: as powers of ten all or none, on a linear axis with the same decimals."""
-        if self.log:
-            write = number if all(_is_plain(value) for value in self.ticks) else _in_powers
-            return [Tick(self.at(value), write(value)) for value in self.ticks]
-        decimals = max(0, -math.floor(math.log10(self.ticks[1] - self.ticks[0]) + 1e-9))
-        return [Tick(self.at(x), f"{x:.{decimals}f}" if abs(x) < 1e5 else number(x)) for x in self.ticks]
-
-
-@dataclass(frozen=True)
 class Mark:
-    """A trial's dot; `text` is its value when it stands alone in its lane, written left of it when `flipped`."""
+    """A trial's dot; `text` is its value when it stands alone in its lane, written left of it when `flipped`.
+
+    `low` and `high`: the ends of its interval, those of the dot where there is none.
+    """
 
     x: float
     y: float
+    low: float
+    high: float
     style: Style
     title: str
     text: str
@@ -135,10 +118,14 @@ class DotPlot:
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial's error over its decoder blocks; `points` lists `x y block value`, separated by semicolons."""
+    """A trial's error over its decoder blocks; `points` lists `x y block value`, separated by semicolons.
+
+    `calibration`: on the calibration tokens, not on held-out ones.
+    """
 
     id: str
     name: str
+    calibration: bool
     style: Style
     dash: str
     path: str
@@ -148,7 +135,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class CurvePlot:
-    """The curves of a panel's best trials; `total` counts those left out too."""
+    """The curves of a panel's best trials, those on calibration tokens last; `total` counts the trials left out too.
+
+    `drawn`: the trials with a curve, each once.
+    """
 
     width: float
     height: float
@@ -157,7 +147,18 @@ class CurvePlot:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     curves: list[Curve]
+    drawn: list[Curve]
     total: int
+
+    @property
+    def held_out(self) -> bool:
+        """Whether there are curves on held-out tokens."""
+        return any(not curve.calibration for curve in self.curves)
+
+    @property
+    def calibration(self) -> bool:
+        """Whether there are curves on calibration tokens."""
+        return any(curve.calibration for curve in self.curves)
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,19 @@ class Panel:
 
 def panel(title: str, trials: Sequence[Trial]) -> Panel:
     """The plots of comparable trials, of which there is at least one."""
+
+    def tasks(results: Sequence[Result]) -> Value:
+        score = measured_task(results, MEAN_OF_TASKS if len(results[0].tasks) > 1 else next(iter(results[0].tasks)))
+        return score.scaled(100) if score else Value(math.nan)
+
     styles = styles_of(trial.transform for trial in trials)
-    originals = sorted({round(trial.result.metrics.perplexity_original, 2) for trial in trials})
-    references = [value for value in originals if math.isfinite(value)]
-    with_tasks = [trial for trial in trials if trial.result.tasks]
+    found = {round(result.metrics.perplexity_original, 2) for trial in trials for result in trial.results}
+    references = [value for value in sorted(found) if math.isfinite(value)]
+    with_tasks = [trial for trial in trials if all(result.tasks for result in trial.results)]
     dots = [
-        dot_plot("Perplexity", trials, lambda result: result.metrics.perplexity, "{:.2f}", styles, references),
-        dot_plot("KL (nats)", trials, lambda result: result.metrics.kl, "{:.4f}", styles),
-        dot_plot("Tasks, mean (%)", with_tasks, lambda result: 100 * mean_of_tasks(result), "{:.2f}", styles),
+        dot_plot("KL (nats)", trials, lambda results: measured(results, "kl"), "{:.4f}", styles),
+        dot_plot("Perplexity", trials, lambda results: measured(results, "perplexity"), "{:.2f}", styles, references),
+        dot_plot("Tasks, mean (%)", with_tasks, tasks, "{:.2f}", styles),
     ]
     return Panel(title, list(styles.values()), [plot for plot in dots if plot.marks], curve_plot(trials, styles))
 
@@ -201,7 +207,7 @@ def styles_of(transforms: Iterable[str]) -> dict[str, Style]:
 def dot_plot(
     title: str,
     trials: Sequence[Trial],
-    value: Callable[[Result], float],
+    value: Callable[[Sequence[Result]], Value],
     shown: str,
     styles: dict[str, Style],
     references: Sequence[float] = (),
@@ -210,12 +216,15 @@ def dot_plot(
 
     Of more than `MAX_MARKS` each lane has its least and greatest value and some of even rank between them.
     """
-    drawn = [trial for trial in trials if math.isfinite(value(trial.result))]
-    lanes, bands = _lay_out(drawn, styles)
+    values = {trial.id: value(trial.results) for trial in trials}
+    finite = [trial for trial in trials if math.isfinite(values[trial.id].value)]
+    lanes, bands = _lay_out(finite, styles)
+    most = MAX_MARKS // len(lanes) if len(finite) > MAX_MARKS else len(finite)
+    drawn = {place: _of_even_rank(own, lambda trial: values[trial.id].value, most) for place, own in lanes.values()}
     left = 24 + CHARACTER * max((len(band.label) for band in bands), default=0)
-    values = [value(trial.result) for trial in drawn]
-    scale = metric_scale([*values, *references], round(left, 1), DOTS_WIDTH - 16)
-    most = MAX_MARKS // len(lanes) if len(drawn) > MAX_MARKS else len(drawn)
+    ends = [end for own in drawn.values() for trial in own for end in _ends(values[trial.id])]
+    scale = metric_scale([*(values[trial.id].value for trial in finite), *ends, *references], left, DOTS_WIDTH - 16)
+    alone = {place for place, own in lanes.values() if len(own) == 1}
     return DotPlot(
         title=title,
         log=scale.log,
@@ -225,28 +234,40 @@ def dot_plot(
         ticks=scale.labelled(),
         bands=bands,
         marks=[
-            _mark(trial, scale.at(value(trial.result)), y, shown.format(value(trial.result)), styles, len(members) == 1)
-            for y, members in lanes.values()
-            for trial in _of_even_rank(members, value, most)
+            _mark(trial, values[trial.id], scale, y, shown, styles, y in alone)
+            for y, own in drawn.items()
+            for trial in own
         ],
         references=[Tick(scale.at(x), shown.format(x)) for x in references],
-        missing=len(trials) - len(drawn),
-        total=len(drawn),
+        missing=len(trials) - len(finite),
+        total=len(finite),
     )
 
 
-def _of_even_rank(trials: Sequence[Trial], value: Callable[[Result], float], most: int) -> Sequence[Trial]:
+def _ends(value: Value) -> tuple[float, float]:
+    """Of the interval as it is drawn: not below zero, which no metric here is, and a log axis has not."""
+    if value.interval is None:
+        return value.value, value.value
+    low = value.interval.low
+    return (low if low > 0 or value.value <= 0 else value.value), value.interval.high
+
+
+def _of_even_rank(trials: Sequence[Trial], value: Callable[[Trial], float], most: int) -> Sequence[Trial]:
     """At most so many of a lane's trials (but two), the extreme ones among them; all in their order if they fit."""
     if len(trials) <= max(most, 2):
         return trials
-    ranked = sorted(trials, key=lambda trial: value(trial.result))
+    ranked = sorted(trials, key=value)
     last = max(most, 2) - 1
     return [ranked[k * (len(ranked) - 1) // last] for k in range(last + 1)]
 
 
-def _mark(trial: Trial, x: float, y: float, text: str, styles: dict[str, Style], alone: bool) -> Mark:
-    flipped = x + 12 + CHARACTER * len(text) > DOTS_WIDTH
-    return Mark(x, y, styles[trial.transform], f"{trial.name}: {text}", text if alone else "", flipped)
+def _mark(
+    trial: Trial, value: Value, scale: Scale, y: float, shown: str, styles: dict[str, Style], alone: bool
+) -> Mark:
+    text, (low, high) = shown.format(value.value), map(scale.at, _ends(value))
+    flipped = high + 12 + CHARACTER * len(text) > DOTS_WIDTH
+    title = f"{trial.name}: {value.told(shown.format)}"
+    return Mark(scale.at(value.value), y, low, high, styles[trial.transform], title, text if alone else "", flipped)
 
 
 def _lay_out(trials: Sequence[Trial], styles: dict[str, Style]) -> tuple[Lanes, list[Band]]:
@@ -277,94 +298,45 @@ def _shortened(label: str) -> str:
 
 
 def curve_plot(trials: Sequence[Trial], styles: dict[str, Style]) -> CurvePlot | None:
-    """Relative error over decoder blocks of the trials lowest in perplexity; None when no error is positive."""
+    """Relative error over decoder blocks of the trials lowest in KL; None when no error is positive.
+
+    On held-out tokens, and thinner on those of the calibration, which say how well a transform was fitted.
+    """
     settings = list(dict.fromkeys(trial.setting for trial in trials))
-    best = sorted(trials, key=lambda trial: rank(trial.result.metrics.perplexity))[:MAX_CURVES]
-    points = {trial.id: _drawable(trial.result) for trial in best}
-    blocks = [block for trial in points.values() for block, _ in trial]
-    if not blocks:
+    best = sorted(trials, key=lambda trial: rank(trial.kl))[:MAX_CURVES]
+    wanted = [(trial, calibration) for calibration in (False, True) for trial in best]
+    points = [(trial, kind, own) for trial, kind in wanted if (own := _drawable(trial.errors(kind)))]
+    if not points:
         return None
+    blocks = [block for _, _, own in points for block, _ in own]
     x = index_scale(min(blocks), max(blocks), CURVES_LEFT, CURVES_WIDTH - 14)
-    errors = [error for trial in points.values() for _, error in trial]
+    errors = [error for _, _, own in points for _, error in own]
     y = log_scale(min(errors), max(errors), CURVES_HEIGHT - CURVES_BOTTOM, CURVES_TOP)
     curves = [
-        _curve(trial, points[trial.id], x, y, styles, DASHES[settings.index(trial.setting) % len(DASHES)])
-        for trial in best
-        if points[trial.id]
+        _curve(trial, kind, own, (x, y), styles, DASHES[settings.index(trial.setting) % len(DASHES)])
+        for trial, kind, own in points
     ]
+    drawn = list({curve.id: curve for curve in reversed(curves)}.values())[::-1]
     bottom = CURVES_HEIGHT - CURVES_BOTTOM
-    return CurvePlot(CURVES_WIDTH, CURVES_HEIGHT, CURVES_LEFT, bottom, x.labelled(), y.labelled(), curves, len(trials))
+    axes = x.labelled(), y.labelled()
+    return CurvePlot(CURVES_WIDTH, CURVES_HEIGHT, CURVES_LEFT, bottom, *axes, curves, drawn, len(trials))
 
 
-def _drawable(result: Result) -> list[tuple[int, float]]:
+def _drawable(errors: dict[int, float]) -> list[tuple[int, float]]:
     """Block index and relative error, of the blocks whose error a log axis can show."""
-    return sorted((index, error) for index, error in result.errors.items() if math.isfinite(error) and error > 0)
+    return sorted((index, error) for index, error in errors.items() if math.isfinite(error) and error > 0)
 
 
 def _curve(
-    trial: Trial, points: list[tuple[int, float]], x: Scale, y: Scale, styles: dict[str, Style], dash: str
+    trial: Trial,
+    calibration: bool,
+    points: list[tuple[int, float]],
+    axes: tuple[Scale, Scale],
+    styles: dict[str, Style],
+    dash: str,
 ) -> Curve:
-    places = [(x.at(index), y.at(error)) for index, error in points]
+    places = [(axes[0].at(index), axes[1].at(error)) for index, error in points]
     # A segment from the first point to itself shows a lone point as a dot.
     path = f"M{places[0][0]} {places[0][1]}" + "".join(f"L{a} {b}" for a, b in places[1:] or places)
     listed = [f"{a} {b} {index} {number(error)}" for (a, b), (index, error) in zip(places, points, strict=True)]
-    return Curve(trial.id, trial.name, styles[trial.transform], dash, path, ";".join(listed), trial.linked)
-
-
-# --- scales
-
-
-def metric_scale(values: Sequence[float], start: float, end: float) -> Scale:
-    """An axis that ends on round numbers, logarithmic when the values differ by more than `LOG_FROM_RATIO`."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    if low > 0 and high / low > LOG_FROM_RATIO:
-        return log_scale(low, high, start, end)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    step = _round_step((high - low) / 4)
-    ticks = tuple(k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1))
-    return Scale(ticks[0], ticks[-1], start, end, False, ticks)
-
-
-def log_scale(low: float, high: float, start: float, end: float) -> Scale:
-    """A log axis from one of 1, 2, 5 times a power of ten to another; its ticks are powers of ten if three fit."""
-    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
-    rounds = [float(f"{mantissa}e{exponent}") for exponent in range(first, last + 1) for mantissa in (1, 2, 5)]
-    bottom = max(i for i, value in enumerate(rounds) if value <= low)
-    top = min(i for i, value in enumerate(rounds) if value >= high and i > bottom)
-    inside = rounds[bottom : top + 1]
-    powers = [value for value in inside if value in rounds[::3]]
-    ticks = powers[:: math.ceil(len(powers) / 8)] if len(powers) >= 3 else inside
-    return Scale(inside[0], inside[-1], start, end, True, tuple(ticks))
-
-
-def index_scale(low: int, high: int, start: float, end: float) -> Scale:
-    """An axis of whole numbers that ends with the data."""
-    step = max(1, round(_round_step((high - low) / 8))) if high > low else 1
-    ticks = tuple(float(k) for k in range(math.ceil(low / step) * step, high + 1, step))
-    if high == low:
-        return Scale(low - 1, high + 1, start, end, False, (low - 1, low, high + 1))
-    return Scale(low, high, start, end, False, ticks)
-
-
-def _round_step(rough: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `rough`."""
-    exponent = math.floor(math.log10(rough))
-    steps = (float(f"{mantissa}e{exponent}") for mantissa in (1, 2, 5, 10))
-    return next((step for step in steps if step >= rough), float(f"1e{exponent + 1}"))
-
-
-def number(value: float) -> str:
-    """Three significant digits: `0.012`, `25`, `1.2×10⁻⁵`."""
-    return f"{float(f'{value:.3g}'):.10g}" if _is_plain(value) else _in_powers(value)
-
-
-def _is_plain(value: float) -> bool:
-    return value == 0 or 1e-3 <= abs(value) < 1e5
-
-
-def _in_powers(value: float) -> str:
-    mantissa, exponent = f"{value:.2e}".split("e")
-    power = f"10{str(int(exponent)).translate(SUPERSCRIPTS)}"
-    factor = f"{float(mantissa):g}"
-    return power if factor == "1" else f"{factor}×{power}"
+    return Curve(trial.id, trial.name, calibration, styles[trial.transform], dash, path, ";".join(listed), trial.linked)

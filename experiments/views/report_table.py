@@ -1,4 +1,4 @@
-"""The report's comparison table: what its columns show, which values are the best, and its rows as HTML.
+"""The report's tables: what their columns show, which values are the best, and their rows as HTML.
 
 The rows are written here and not by the template, which would take a second for a thousand.
 """
@@ -6,24 +6,35 @@ The rows are written here and not by the template, which would take a second for
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup, escape
 
 from experiments.records import Outcome, Result
+from experiments.replicates import Replicates
 from experiments.views.display import duration
-from experiments.views.selection import comparable, task_columns, task_score
+from experiments.views.selection import comparable, task_columns
+from experiments.views.values import Value, measured, measured_task, share_told
+from wush.intervals import Metric
 
 DASH = "–"
+Results = Sequence[Result]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a done trial; `better` picks the best of several, None where there is no better."""
+    """A number of a finished trial, or of several that differ by seed; `better` picks the best of several.
+
+    `value`: of the results, with an interval where they are a single one only if so told. `better` is None where there
+    is no better, and `may_be_best` says of which results the number can be.
+    """
 
     title: str
-    value: Callable[[Result], float]
+    value: Callable[[Results, bool], Value]
     show: Callable[[float], str]
     better: Callable[[Iterable[float]], float] | None
+    may_be_best: Callable[[Results], bool] = lambda results: not results[0].old
+    note: Callable[[Results], str] = lambda results: ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Cell:
 
     text: str
     value: float
+    alone: str  # the number without its interval
 
 
 def columns_of(outcomes: Sequence[Outcome]) -> list[Column]:
@@ -41,9 +53,9 @@ def columns_of(outcomes: Sequence[Outcome]) -> list[Column]:
 
 
 def _task_column(name: str) -> Column:
-    def percent(result: Result) -> float:
-        score = task_score(result, name)
-        return math.nan if score is None else 100 * score
+    def percent(results: Results, over_documents: bool) -> Value:
+        score = measured_task(results, name, over_documents)
+        return Value(math.nan) if score is None else score.scaled(100)
 
     def show(value: float) -> str:
         return DASH if math.isnan(value) else _decimals(2)(value)
@@ -52,41 +64,46 @@ def _task_column(name: str) -> Column:
 
 
 def table_rows(
-    outcomes: Sequence[Outcome], columns: Sequence[Column], keys: Sequence[str], linked: set[str]
+    found: Sequence[Replicates], columns: Sequence[Column], keys: Sequence[str], linked: set[str], over_windows: bool
 ) -> list[Markup]:
-    """A table row for each outcome: its labels of the keys, its numbers or why it has none, and itself.
+    """A table row for each: its labels of the keys, its numbers or why it has none, and itself.
 
-    The best of comparable quantized trials is bold in each column. `linked` trials have details on the page.
+    The best of comparable quantized trials is bold in each column. `linked` trials have details on the page. The key
+    `seeds` is how many there are. `over_windows` False: single trials have no intervals.
     """
-    cells = {o.trial_id: [_cell(column, o.result) for column in columns] for o in outcomes if o.result}
-    best = _best_cells(outcomes, columns, cells)
+    cells = [[_cell(column, one.results, over_windows) for column in columns] if one.results else [] for one in found]
+    best = _best_cells(found, columns, {id(one): own for one, own in zip(found, cells, strict=True)})
     texts: dict[str, str] = {}
 
     def label(text: str | None) -> str:
-        if text is None:
+        if not text:
             return f'<td data-value="">{DASH}</td>'
         if text not in texts:
             texts[text] = f"<td>{escape(text)}</td>"
         return texts[text]
 
     rows = []
-    for outcome in outcomes:
-        own = "".join([label(outcome.labels.get(key)) for key in keys])
-        numbers = cells.get(outcome.trial_id)
-        middle = _numbers(numbers, best.get(outcome.trial_id, ())) if numbers else _reason(outcome, len(columns))
-        last = _trial(outcome, outcome.trial_id in linked)
-        rows.append(Markup(f'<tr data-status="{status(outcome)}">{own}{middle}{last}</tr>'))
+    for one, numbers in zip(found, cells, strict=True):
+        labels = one.first.labels if len(one.members) == 1 else one.labels
+        own = "".join([label(one.seeds if key == SEEDS else labels.get(key)) for key in keys])
+        middle = _numbers(numbers, best.get(id(one), ())) if numbers else _reason(one.first, len(columns))
+        last = _trial(one, one.first.trial_id in linked)
+        rows.append(Markup(f'<tr data-status="{status(one.first)}">{own}{middle}{last}</tr>'))
     return rows
 
 
 def status(outcome: Outcome) -> str:
-    """How a trial stands; `reused` when it was done before the sweep began."""
+    """How a trial stands; `reused` when it was done before the sweep began, `old` when by an earlier method."""
+    if outcome.old:
+        return "old"
     return "reused" if outcome.state == "done" and outcome.earlier else outcome.state
 
 
-def _cell(column: Column, result: Result) -> Cell:
-    value = column.value(result)
-    return Cell(column.show(value), value)
+def _cell(column: Column, results: Results, over_windows: bool) -> Cell:
+    value, write = column.value(results, over_windows), column.show
+    note = column.note(results)
+    text = value.told(write, lambda margin: write(margin).removeprefix("+"))
+    return Cell(text + (f" ({note})" if note else ""), value.value, write(value.value))
 
 
 def _numbers(cells: Sequence[Cell], best: Sequence[int]) -> str:
@@ -106,29 +123,31 @@ def _reason(outcome: Outcome, columns: int) -> str:
     return f'<td class="reason muted" colspan="{columns}">{escape(outcome.detail or DASH)}</td>'
 
 
-def _trial(outcome: Outcome, linked: bool) -> str:
-    state, short = status(outcome), outcome.trial_id[:8]
-    tag, link = ("a", f' href="#trial-{outcome.trial_id}"') if linked else ("span", "")
-    bad = " bad" if state == "failed" else ""
+def _trial(one: Replicates, linked: bool) -> str:
+    state, trial_id = status(one.first), one.first.trial_id
+    tag, link = ("a", f' href="#trial-{trial_id}"') if linked else ("span", "")
+    bad = " bad" if state in ("failed", "old") else ""
+    more = f" +{len(one.members) - 1}" if len(one.members) > 1 else ""
     return (
         f'<td><span class="state{bad}">{state}</span> '
-        f'<{tag} class="mono"{link} title="{outcome.trial_id}">{short}</{tag}></td>'
+        f'<{tag} class="mono"{link} title="{trial_id}">{trial_id[:8]}</{tag}>{more}</td>'
     )
 
 
 def _best_cells(
-    outcomes: Sequence[Outcome], columns: Sequence[Column], cells: dict[str, list[Cell]]
-) -> dict[str, list[int]]:
-    """Indices of the columns in which a trial is best; none is where all show the same."""
-    best: dict[str, list[int]] = {}
-    for members in comparable(outcomes).values():
+    found: Sequence[Replicates], columns: Sequence[Column], cells: dict[int, list[Cell]]
+) -> dict[int, list[int]]:
+    """Indices of the columns in which a row, named by its `id`, is best; none is where all show the same."""
+    best: dict[int, list[int]] = {}
+    for members in comparable(found).values():
         for i, column in enumerate(columns):
-            finite = {o.trial_id: cell for o in members if math.isfinite((cell := cells[o.trial_id][i]).value)}
-            if column.better is None or len({cell.text for cell in finite.values()}) < 2:
+            able = [one for one in members if column.may_be_best(one.results)]
+            finite = {id(one): cell for one in able if math.isfinite((cell := cells[id(one)][i]).value)}
+            if column.better is None or len({cells[id(one)][i].alone for one in members}) < 2 or not finite:
                 continue
             shown = column.show(column.better([cell.value for cell in finite.values()]))
-            for trial_id in (trial_id for trial_id, cell in finite.items() if cell.text == shown):
-                best.setdefault(trial_id, []).append(i)
+            for row in (row for row, cell in finite.items() if cell.alone == shown):
+                best.setdefault(row, []).append(i)
     return best
 
 
@@ -148,13 +167,31 @@ def _decimals(digits: int, sign: str = "") -> Callable[[float], str]:
     return show
 
 
+def _of(metric: Metric, scale: float = 1.0) -> Callable[[Results, bool], Value]:
+    return lambda results, over_windows: measured(results, metric, over_windows).scaled(scale)
+
+
+def _is_above_original(results: Results) -> bool:
+    """Whether a perplexity can be a good one: below the original's, the model is another, and no better for it."""
+    return not results[0].old and measured(results, "gap", over_windows=False).value >= 0
+
+
+def _mean(value: Callable[[Result], float]) -> Callable[[Results, bool], Value]:
+    return lambda results, _: Value(fmean(map(value, results)))
+
+
+SEEDS = "seeds"
 COLUMNS = (
-    Column("Perplexity", lambda result: result.metrics.perplexity, _decimals(2), min),
+    Column("Perplexity", _of("perplexity"), _decimals(2), min, _is_above_original),
+    Column("Gap", _of("gap"), _decimals(2, "+"), min, _is_above_original),
+    Column("KL (nats)", _of("kl"), _decimals(4), min),
+    Column("Top-1 (%)", _of("top1", 100), _decimals(1), max),
     Column(
-        "Gap", lambda result: result.metrics.perplexity - result.metrics.perplexity_original, _decimals(2, "+"), min
+        "Bits/weight",
+        _mean(lambda result: result.metrics.bits_per_weight),
+        _decimals(2),
+        None,
+        note=lambda results: share_told(results[0].metrics),
     ),
-    Column("KL (nats)", lambda result: result.metrics.kl, _decimals(4), min),
-    Column("Top-1 (%)", lambda result: 100 * result.metrics.top1, _decimals(1), max),
-    Column("Bits/weight", lambda result: result.metrics.bits_per_weight, _decimals(2), min),
-    Column("Time", lambda result: result.seconds, seconds, None),
+    Column("Time", _mean(lambda result: result.seconds), seconds, None),
 )

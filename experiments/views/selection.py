@@ -3,14 +3,27 @@
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Protocol, TypeVar
 
-from experiments.records import Outcome, Result
+from experiments.records import Outcome, Result, State
+from experiments.replicates import Replicates, is_seed
 
 TASK_COLUMNS = 6  # of more tasks only the mean is shown
-TELLING = "the failed, then the running, then the lowest in perplexity"
+TELLING = "the failed, then the running, then the lowest in KL"
 
 
-def telling(outcomes: Sequence[Outcome], most: int) -> Sequence[Outcome]:
+class _Ranked(Protocol):
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def kl(self) -> float: ...
+
+
+Rankable = TypeVar("Rankable", bound=_Ranked)
+
+
+def telling(outcomes: Sequence[Rankable], most: int) -> Sequence[Rankable]:
     """At most so many outcomes, in the order of `TELLING`; in the order given when that is all.
 
     The failed leave half of the places to the others, as far as these need them.
@@ -23,9 +36,9 @@ def telling(outcomes: Sequence[Outcome], most: int) -> Sequence[Outcome]:
     return kept + others[: most - len(kept)]
 
 
-def _rank(outcome: Outcome) -> tuple[int, float]:
+def _rank(outcome: _Ranked) -> tuple[int, float]:
     order = ("running", "done", "queued")
-    return order.index(outcome.state), rank(outcome.result.metrics.perplexity) if outcome.result else 0.0
+    return order.index(outcome.state), rank(outcome.kl) if outcome.state == "done" else 0.0
 
 
 def rank(value: float) -> float:
@@ -33,11 +46,14 @@ def rank(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def best_trial(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The quantized trial of the lowest perplexity, the first of equals; None when none has a finite one."""
-    found = [(o.result.metrics.perplexity, o) for o in outcomes if o.result and o.result.errors]
-    finite = [(perplexity, outcome) for perplexity, outcome in found if math.isfinite(perplexity)]
-    return min(finite, key=lambda pair: pair[0])[1] if finite else None
+def best_trial(found: Sequence[Replicates]) -> Replicates | None:
+    """The quantized trial, or mean over seeds, of the lowest KL, the first of equals; None when none has a finite one.
+
+    Those of an earlier method are not in the running.
+    """
+    quantized = [one for one in found if one.results and one.results[0].quantized and not one.results[0].old]
+    finite = [one for one in quantized if math.isfinite(one.kl)]
+    return min(finite, key=lambda one: one.kl) if finite else None
 
 
 MEAN_OF_TASKS = "tasks"
@@ -67,13 +83,31 @@ def standing(outcome: Outcome) -> str:
     return f"{outcome.state}: {told}" if told else outcome.state
 
 
-def comparable(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+def comparable(found: Sequence[Replicates]) -> dict[tuple[str, str], list[Replicates]]:
     """Quantized trials by model and evaluated text: across these, neither perplexity nor KL can be compared."""
-    found: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.result and outcome.result.errors:
-            found.setdefault((variant(outcome, "model"), outcome.result.evaluated), []).append(outcome)
-    return found
+    sorted_: dict[tuple[str, str], list[Replicates]] = {}
+    for one in found:
+        if one.results and one.results[0].quantized:
+            sorted_.setdefault((variant(one.first, "model"), one.results[0].evaluated), []).append(one)
+    return sorted_
+
+
+def originals(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line on each original model: what its weights are, and its perplexity on each evaluated text.
+
+    `smollm2_135m (Q4_1, read dequantized): original perplexity 14.791`.
+    """
+    found: dict[tuple[str, str | None], dict[str, set[str]]] = {}
+    for result in (outcome.result for outcome in outcomes if outcome.result):
+        texts = found.setdefault((result.choices.get("model", "–"), result.model_note), {})
+        texts.setdefault(result.evaluated, set()).add(f"{result.metrics.perplexity_original:.3f}")
+    return [
+        f"{model}{f' ({note})' if note else ''}: original perplexity "
+        + ", ".join(
+            " and ".join(sorted(values)) + (f" on {ids[:8]}" if len(texts) > 1 else "") for ids, values in texts.items()
+        )
+        for (model, note), texts in found.items()
+    ]
 
 
 def variant(outcome: Outcome, group: str) -> str:
@@ -84,5 +118,5 @@ def variant(outcome: Outcome, group: str) -> str:
     assert outcome.result is not None
     start = f"{group}."
     inner = [f"{key[len(start) :]}={value}" for key, value in outcome.labels.items() if key.startswith(start)]
-    own = [pair for pair in inner if not pair.startswith("seed=")]
+    own = [pair for pair in inner if not is_seed(pair.partition("=")[0])]
     return " ".join([outcome.result.choices.get(group, "–"), *own])

@@ -4,8 +4,9 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,25 +14,35 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.records import Outcome
+from experiments.replicates import Replicates, is_seed, replicates
 from experiments.store import ResultStore, write_atomically
 from experiments.views.display import duration, on_stdout
-from experiments.views.selection import TELLING, standing, task_columns, task_score, telling
+from experiments.views.selection import TELLING, originals, standing, task_columns, telling
+from experiments.views.values import MOST_ROWS, PLUS_MINUS, measured, measured_task, share_told
+from wush.intervals import Metric
 
 METRIC_COLUMNS = ("perplexity", "vs original", "KL", "top-1", "bits", "time")
+_MEASURED: tuple[Metric, ...] = ("perplexity", "gap", "kl", "top1")
 ROWS_SHOWN = 40
+SPARED = ("time", "perplexity")  # on a narrow terminal, in this order; a perplexity follows from the original's
+GAP, TRIAL = 2, 12  # characters between columns, and of a shortened id with what follows it
+SHARE = "bits: of all weights of the decoder blocks, 16 for those left as they are; in parentheses the share quantized"
+OLD = "old: made by an earlier version of the method, whose numbers are not today's; run the sweep again to replace it"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of text, one row a trial; `common` are the labels that all trials share, and so no column.
+    """A table of text, a row a trial or the mean of those that differ by seed.
 
-    `numbers`: the columns that hold numbers.
+    `common` are the labels that all trials share, and so no column. `numbers`: the columns that hold numbers. `notes`:
+    lines on the originals, and on what signs in the table mean.
     """
 
     common: dict[str, str]
     columns: list[str]
     rows: list[list[str]]
     numbers: list[str]
+    notes: list[str]
 
 
 def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
@@ -53,12 +64,16 @@ def summarize(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> Non
 
 
 def show_table(console: Console, name: str, outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Print the table, of many trials only some rows, and how many trials stand how."""
-    most = telling(outcomes, ROWS_SHOWN)
-    console.print(to_terminal(name, tabulate(outcomes, most)))
-    if len(most) < len(outcomes):
-        where = shown(folder / "table.md")
-        said = f"{len(most)} of {len(outcomes):,} trials: {TELLING}; all are in {where}"
+    """Print the table, of many rows only some, and how many trials stand how."""
+    rows = replicates(outcomes)
+    most = telling(rows, ROWS_SHOWN)
+    table = tabulate(outcomes, most)
+    console.print(to_terminal(name, fitting(table, console.width)))
+    for note in table.notes:
+        console.print(note, style="dim", highlight=False, markup=False)
+    if len(most) < len(rows):
+        where, what = shown(folder / "table.md"), "trials" if len(rows) == len(outcomes) else "rows"
+        said = f"{len(most)} of {len(rows):,} {what}: {TELLING}; all are in {where}"
         console.print(said, highlight=False, markup=False, soft_wrap=True)
     console.print(_counts(outcomes))
 
@@ -70,7 +85,7 @@ def write(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
 
 
 def write_table(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> None:
-    """Write `table.md`, with a row for every trial."""
+    """Write `table.md`, with every row."""
     write_atomically(store.sweep(name) / "table.md", to_markdown(name, tabulate(outcomes)))
 
 
@@ -81,39 +96,61 @@ def write_report(name: str, outcomes: Sequence[Outcome], store: ResultStore) -> 
     write_atomically(store.sweep(name) / "report.html", render_report(name, outcomes, store.record))
 
 
-def tabulate(outcomes: Sequence[Outcome], shown: Sequence[Outcome] | None = None) -> Summary:
-    """The outcomes as text, in order; rows of those to be shown only, where these are given."""
-    labels = dict.fromkeys(key for outcome in outcomes for key in outcome.labels)
+def tabulate(outcomes: Sequence[Outcome], shown: Sequence[Replicates] | None = None) -> Summary:
+    """The outcomes as text, in order, those that differ by seed in one row; only rows to be shown, where given."""
+    rows = replicates(outcomes)
+    labels = dict.fromkeys(key for outcome in outcomes for key in outcome.labels if not is_seed(key))
     values = {key: {outcome.labels.get(key, "-") for outcome in outcomes} for key in labels}
     common = {key: next(iter(own)) for key, own in values.items() if len(own) == 1}
     varying = [key for key in labels if key not in common]
+    seeds = any(is_seed(key) for outcome in outcomes for key in outcome.labels)
     tasks = task_columns([outcome.result for outcome in outcomes if outcome.result])
-    rows = [
-        [outcome.labels.get(key, "-") for key in varying] + _cells(outcome, tasks)
-        for outcome in (outcomes if shown is None else shown)
+    over_windows = len(rows if shown is None else shown) <= MOST_ROWS
+    cells = [
+        [row.labels.get(key, "-") for key in varying]
+        + ([row.seeds or "-"] if seeds else [])
+        + _cells(row, tasks, over_windows)
+        for row in (rows if shown is None else shown)
     ]
     numbers = [*METRIC_COLUMNS[:-1], *tasks, METRIC_COLUMNS[-1]]
-    return Summary(common, [*varying, *numbers, "trial"], rows, numbers)
+    columns = [*varying, *(["seeds"] if seeds else []), *numbers, "trial"]
+    return Summary(common, columns, cells, numbers, _notes(outcomes, cells))
 
 
 def to_markdown(title: str, summary: Summary) -> str:
     """A Markdown table under a title, numbers to the right."""
     lines = [f"# {title}", "", ", ".join(f"{key} {value}" for key, value in summary.common.items()), ""]
+    lines += [f"- {note}" for note in summary.notes] + ([""] if summary.notes else [])
     lines.append("| " + " | ".join(summary.columns) + " |")
     lines.append("|" + "|".join("---:" if column in summary.numbers else "---" for column in summary.columns) + "|")
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in summary.rows]
     return "\n".join(lines) + "\n"
 
 
+def fitting(summary: Summary, width: int) -> Summary:
+    """The table without its least telling columns, as far as it is wider than a terminal; labels may yet be folded."""
+    for column in SPARED:
+        widths = [max(map(len, cells)) for cells in zip(summary.columns, *summary.rows, strict=True)][:-1]
+        if sum(widths) + TRIAL + GAP * (len(widths) + 1) <= width:
+            break
+        place = summary.columns.index(column)
+        rows = [row[:place] + row[place + 1 :] for row in summary.rows]
+        summary = replace(summary, columns=[name for name in summary.columns if name != column], rows=rows)
+    return summary
+
+
 def to_terminal(title: str, summary: Summary) -> Table:
     """A rich table, numbers to the right, failed trials in red."""
     heading = escape(title) + "".join(f"\n[dim]{key}[/] {escape(value)}" for key, value in summary.common.items())
     table = Table(title=heading, box=SIMPLE_HEAD, title_justify="left", title_style="", pad_edge=False)
+    table.padding = (0, 1, 0, 0)  # for narrow terminals
     for column in summary.columns:
         right = column in summary.numbers
         table.add_column(column, justify="right" if right else "left", no_wrap=right, overflow="fold", min_width=4)
     for row in summary.rows:
-        table.add_row(*map(escape, row), style="red" if " failed: " in row[-1] else None)
+        trial, space, rest = row[-1].partition(" ")
+        cells = [*row[:-1], trial[:8] + space + rest]
+        table.add_row(*map(escape, cells), style="red" if " failed: " in row[-1] else None)
     return table
 
 
@@ -123,27 +160,42 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _cells(outcome: Outcome, tasks: Sequence[str]) -> list[str]:
-    if outcome.result is None:
-        return ["-"] * (len(METRIC_COLUMNS) + len(tasks)) + [f"{outcome.trial_id} {standing(outcome)}"]
-    metrics = outcome.result.metrics
-    scores = [task_score(outcome.result, name) for name in tasks]
+def _cells(row: Replicates, tasks: Sequence[str], over_windows: bool) -> list[str]:
+    results, first = row.results, row.first
+    if not results:
+        return ["-"] * (len(METRIC_COLUMNS) + len(tasks)) + [f"{first.trial_id} {standing(first)}"]
+    perplexity, gap, kl, top1 = (measured(results, metric, over_windows) for metric in _MEASURED)
+    scores = [measured_task(results, name, over_windows) for name in tasks]
+    metrics, share = results[0].metrics, share_told(results[0].metrics)
     return [
-        f"{metrics.perplexity:.3f}",
-        f"{metrics.perplexity - metrics.perplexity_original:+.3f}",
-        f"{metrics.kl:.4f}",
-        f"{100 * metrics.top1:.1f}%",
-        f"{metrics.bits_per_weight:.2f}",
-        *("-" if score is None else f"{100 * score:.2f}%" for score in scores),
-        duration(outcome.result.seconds),
-        outcome.trial_id,
+        f"{perplexity.value:.2f}",
+        gap.told("{:+.2f}".format, "{:.2f}".format),
+        kl.told("{:.4f}".format),
+        f"{top1.scaled(100).told('{:.1f}'.format)}%",
+        f"{metrics.bits_per_weight:.2f}" + (f" ({share})" if share else ""),
+        *("-" if score is None else f"{score.scaled(100).told('{:.2f}'.format)}%" for score in scores),
+        duration(fmean(result.seconds for result in results)),
+        first.trial_id + (f" +{len(results) - 1}" if len(results) > 1 else "") + (" old" if first.old else ""),
     ]
+
+
+def _notes(outcomes: Sequence[Outcome], cells: Sequence[Sequence[str]]) -> list[str]:
+    results = [outcome.result for outcome in outcomes if outcome.result]
+    notes = originals(outcomes)
+    if any(" ± " in cell for row in cells for cell in row):
+        notes.append(PLUS_MINUS)
+    if any(share_told(result.metrics) for result in results):
+        notes.append(SHARE)
+    return [*notes, *([OLD] if any(result.old for result in results) else [])]
 
 
 def _counts(outcomes: Sequence[Outcome]) -> str:
     states = Counter(outcome.state for outcome in outcomes)
-    earlier = sum(outcome.earlier for outcome in outcomes)
-    text = f"{states['done']} of {len(outcomes)} trials done" + (f", {earlier} of them earlier" if earlier else "")
+    earlier = sum(outcome.earlier and not outcome.old for outcome in outcomes)
+    old = sum(outcome.old for outcome in outcomes)
+    text = f"{states['done'] - old} of {len(outcomes)} trials done"
+    text += f", {earlier} of them earlier" if earlier else ""
+    text += f", {old} old" if old else ""
     text += f", [bold red]{states['failed']} failed[/]" if states["failed"] else ""
     return text + "".join(f", {states[state]} {state}" for state in ("running", "queued") if states[state])
 

@@ -56,8 +56,12 @@ class RunFilter:
         return " or ".join(either)
 
 
-def report(project: str, entity: str, a: RunFilter, b: RunFilter) -> wr.Report:
-    """The report that compares side `a` with side `b`, not saved yet; raises `ValueError` if they have one name."""
+def report(project: str, entity: str, a: RunFilter, b: RunFilter, differences: str = "") -> wr.Report:
+    """The report that compares side `a` with side `b`, not saved yet; raises `ValueError` if they have one name.
+
+    `differences`: Markdown that stands first, such as the paired differences with their intervals, which the dashboard
+    cannot work out from runs.
+    """
     from wandb_workspaces.reports.v2 import interface as wr
 
     if a.name == b.name:
@@ -71,6 +75,7 @@ def report(project: str, entity: str, a: RunFilter, b: RunFilter) -> wr.Report:
         title=f"{a.name} against {b.name}"[:128],
         width="fluid",
         blocks=[
+            *([wr.MarkdownBlock(text=differences)] if differences else []),
             wr.H2("Each trial"),
             wr.PanelGrid(runsets=[_side(a), _side(b)], panels=_of_trials(), custom_run_colors=colours),
             wr.H2("Means by model, format, transform and algorithm"),

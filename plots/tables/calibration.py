@@ -3,10 +3,11 @@
 from collections import defaultdict
 from itertools import zip_longest
 
+from plots.numbers import Number
 from plots.platinum_tasks import PLATINUM
 from plots.records import Records, Trial
 from plots.reference import Calibration, read
-from plots.settings import MODELS, Number, Setting, by_key, method, or_none, order, shown
+from plots.settings import MODELS, Setting, by_key, method, or_none, order, shown
 from plots.tables import lm_eval
 from plots.tables.table import Cell, Column, Row, Table, block, captions, present
 
@@ -26,7 +27,7 @@ def table5(records: Records) -> Table:
     published: list[Row] = []
     used: list[Setting] = []
     for one in read(Calibration):
-        own: Method = (MODELS[one.model], (one.format, one.algorithm, one.transform))
+        own: Method = (MODELS[one.model], one.method)
         settings = found.pop((own, one.calibration), []), platinum.get((own, one.calibration), [])
         known = Number(one.lm_eval_average), Number(one.platinum_average)
         pairs = zip_longest(or_none(settings[0]), or_none(settings[1]))
@@ -86,5 +87,5 @@ def _published_row(
 
 
 def _own_row(own: Method, calibration: str, setting: Setting) -> Row:
-    kl = setting.number(lambda trial: trial.metrics.kl)
+    kl = setting.metric("kl")
     return Row(_names(own, calibration, setting), (Cell(ours=average(setting)), Cell(ours=kl)), group=own)

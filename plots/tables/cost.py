@@ -1,8 +1,9 @@
 """Table 6: what quantizing costs: minutes, loading and calibration included, and the GPU's peak memory."""
 
+from plots.numbers import Number
 from plots.records import Records, Trial
 from plots.reference import Cost, read
-from plots.settings import MODELS, Number, Setting, by_key, or_none, order, shown
+from plots.settings import MODELS, Setting, by_key, or_none, order, shown
 from plots.tables.table import Cell, Column, Row, Table, block, captions, present
 
 STAGES = ("load", "quantize")  # what the paper's minutes are of, as far as it says

@@ -1,8 +1,9 @@
 """Table 4: KL divergence from the original model, in nats."""
 
+from plots.numbers import Number
 from plots.records import Records, Trial
 from plots.reference import Kl, read
-from plots.settings import MODELS, Number, Setting, by_key, method, or_none, order, shown
+from plots.settings import MODELS, Setting, by_key, method, or_none, order, shown
 from plots.tables.table import Cell, Column, Row, Table, block, captions, present
 
 COLUMNS = (Column("KL", 4, lower_is_better=True),)
@@ -16,7 +17,7 @@ def table4(records: Records) -> Table:
     found = by_key(trials, key)
     published = []
     for one in read(Kl):
-        own = (MODELS[one.model], (one.format, one.algorithm, one.transform))
+        own = (MODELS[one.model], one.method)
         published += _rows(own, found.pop(own, []), Number(one.kl))
     others = sorted(found, key=lambda own: (own[0], order(*own[1])))
     rows = [row for own in others for row in _rows(own, found[own], None)]
@@ -37,7 +38,7 @@ def key(trial: Trial) -> Key:
 
 def number(setting: Setting) -> Number:
     """KL in nats."""
-    return setting.number(lambda trial: trial.metrics.kl)
+    return setting.metric("kl")
 
 
 def _rows(own: Key, settings: list[Setting], published: Number | None) -> list[Row]:

@@ -3,37 +3,36 @@
 from collections.abc import Iterable
 from typing import Final
 
+from plots.numbers import Number
 from plots.records import Records, Trial
 from plots.reference import LayerLoss, read
-from plots.settings import Number, Setting, by_key, or_none, order, shown
+from plots.settings import Setting, by_key, or_none, order, shown
 from plots.tables.table import Block, Cell, Column, Row, Table, block, captions, present
 
 LINEARS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODEL, BLOCK = "qwen3_8b", 18
+MODEL, BLOCKS = "qwen3_8b", (17, 18)  # the paper's "18th block", counted from 1 or from 0
 UNIT = 1e3  # the table's numbers are x 1e-3
 COLUMNS = tuple(Column(name, 2, lower_is_better=True) for name in LINEARS)
-Key = tuple[str, int, str, str]  # model, decoder block, format, transform
+ON = {"calibration": "calibration tokens", "held_out": "held-out tokens"}
+Key = tuple[str, int, str, str, str]  # model, decoder block, format, transform, what it was measured on
 
 
 def table1(records: Records) -> Table:
-    """The published block's rows, then those of other decoder blocks and models."""
+    """The published block beside each of ours that may be meant, then other decoder blocks and models."""
     found = by_key(usable(records.trials), key)
-    published = [
-        row for one in read(LayerLoss) for row in _rows(one, found.pop((MODEL, BLOCK, one.format, one.transform), []))
-    ]
-    others = [row for own in sorted(found, key=_place) for row in _unpublished(own, found[own])]
-    blocks = present(
-        [
-            block(("format", "transform"), COLUMNS, published, f"{shown(MODEL)}, decoder block {BLOCK}"),
-            _other_block(others),
-        ]
-    )
+    here = [(index, text) for index in BLOCKS for text in ON if any(_is(own, index, text) for own in found)]
+    published = [_published_block(found, *one) for one in here or [(BLOCKS[-1], "calibration")]]
+    further = [own for own in sorted(found, key=_place) if not _is(own, own[1], own[4])]
+    rows = [row for own in further for row in _unpublished(own, found[own])]
+    keys = ("model", "decoder block", "format", "transform")
+    others = block(keys, COLUMNS, rows, "not in the paper", published=False, extra=("measured on",))
     return Table(
         "Table 1: layer loss, mean squared output error × 1e-3, round to nearest",
-        blocks,
+        present([*published, others]),
         captions(
             records, usable(records.trials),
-            "Ours are trials with one decoder block quantized (quantize.blocks), measured on held-out inputs.",
+            "Ours are trials with one decoder block quantized (quantize.blocks, counted from 0). The paper measures "
+            "the loss on the calibration tokens (equation 1).",
         ),
     )  # fmt: skip
 
@@ -50,46 +49,49 @@ def usable(trials: Iterable[Trial]) -> list[Trial]:
 def key(trial: Trial) -> Key:
     """What a row is of."""
     assert trial.blocks is not None
-    return trial.model, trial.blocks[0], trial.format, trial.transform or ""
+    return trial.model, trial.blocks[0], trial.format, trial.transform or "", trial.losses_on
 
 
 def numbers(setting: Setting) -> dict[str, Number]:
     """The loss x 1e3 of each linear that all of the trials have."""
-    losses = [{name: value for (_, name), value in trial.losses.of("mse").items()} for trial in setting.trials]
-    common = [name for name in LINEARS if all(name in one for one in losses)]
-    found = {name: Number.of([one[name] * UNIT for one in losses]) for name in common}
+    losses = {
+        draw: {name: value for (_, name), value in trial.losses.of("mse").items()}
+        for draw, trial in setting.draws.items()
+    }
+    common = [name for name in LINEARS if all(name in one for one in losses.values())]
+    found = {name: Number.of({draw: one[name] * UNIT for draw, one in losses.items()}) for name in common}
     return {name: number for name, number in found.items() if number is not None}
 
 
-def _rows(one: LayerLoss, settings: list[Setting]) -> list[Row]:
-    published = {name: Number(getattr(one, name)) for name in LINEARS}
-    return [
-        Row(
-            (one.format, f"{one.transform} {setting.note}".strip() if setting else one.transform),
-            tuple(Cell(published[name], own.get(name)) for name in LINEARS),
-            group=one.format,
-        )
-        for setting in or_none(settings)
-        for own in [numbers(setting) if setting else {}]
-    ]
+def _is(own: Key, index: int, text: str) -> bool:
+    """Whether it is what the paper has, read as that block and measured on that text."""
+    return (own[0], own[1], own[4]) == (MODEL, index, text) and index in BLOCKS
+
+
+def _published_block(found: dict[Key, list[Setting]], index: int, text: str) -> Block:
+    rows = []
+    for one in read(LayerLoss):
+        published = {name: Number(getattr(one, name)) for name in LINEARS}
+        for setting in or_none(found.get((MODEL, index, one.format, one.transform, text), [])):
+            ours = numbers(setting) if setting else {}
+            names = (one.format, f"{one.transform} {setting.note if setting else ''}".strip())
+            rows.append(Row(names, tuple(Cell(published[name], ours.get(name)) for name in LINEARS), one.format))
+    title = f"{shown(MODEL)}, the 18th decoder block; ours: block {index} counted from 0, on {ON[text]}"
+    return block(("format", "transform"), COLUMNS, rows, title)
 
 
 def _unpublished(own: Key, settings: list[Setting]) -> list[Row]:
-    model, index, format_, transform = own
+    model, index, format_, transform, text = own
     return [
         Row(
             (shown(model), str(index), format_, f"{transform} {setting.note}".strip()),
             tuple(Cell(ours=numbers(setting).get(name)) for name in LINEARS),
-            group=(model, index, format_),
+            group=(model, index, format_, text),
+            extra=(ON[text],),
         )
         for setting in settings
     ]
 
 
-def _other_block(rows: list[Row]) -> Block:
-    keys = ("model", "decoder block", "format", "transform")
-    return block(keys, COLUMNS, rows, "not in the paper", published=False)
-
-
 def _place(own: Key) -> tuple[object, ...]:
-    return own[0], own[1], *order(own[2], "rtn", own[3])
+    return own[0], own[1], own[4], *order(own[2], "rtn", own[3])

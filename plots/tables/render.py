@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from plots.settings import Number
+from plots.numbers import Number
 from plots.tables.table import NOT_RUN, NOTHING, SIDES, Block, Cell, Column, Row, Table
 
 HEADERS = (*SIDES, "difference")
-CSV_HEADERS = (*HEADERS, "std of ours", "runs of ours")
+CSV_HEADERS = (*HEADERS, "low of ours", "high of ours", "runs of ours")
 SPECIAL = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -156,14 +156,18 @@ def _told(block: Block, column: Column, cell: Cell) -> tuple[str, str, str]:
 
 
 def _plain(block: Block, column: Column, cell: Cell) -> tuple[str, ...]:
-    """As `_told`, but a cell holds one number: the mean, its standard deviation and the number of runs apart."""
+    """As `_told`, but a cell holds one number: the mean, the ends of its interval and the number of runs apart."""
     ours = cell.ours
-    means = Cell(cell.published, None if ours is None else Number(ours.mean))
-    spread = "" if ours is None or ours.std is None else f"{ours.std:.{column.digits}f}"
-    return (*_told(block, column, means), spread, "" if ours is None else str(ours.runs))
+    published, own = (None if one is None else Number(one.mean) for one in (cell.published, ours))
+    means = Cell(published, own)
+    interval = ours and ours.interval
+    ends = (interval.low, interval.high) if interval else ()
+    told = [f"{end:.{column.digits}f}" for end in ends] or ["", ""]
+    return (*_told(block, column, means), *told, "" if ours is None else str(ours.runs))
 
 
 def number(one: Number, digits: int) -> str:
-    """The mean, and of several runs their standard deviation and number."""
-    mean = f"{one.mean:.{digits}f}"
-    return mean if one.std is None else f"{mean} ± {one.std:.{digits}f} (n={one.runs})"
+    """The mean with the half-width of its interval or its published deviation, and of several runs their number."""
+    spread = one.interval.margin(one.mean) if one.interval else one.std
+    runs = f" (n={one.runs})" if one.runs > 1 else ""
+    return f"{one.mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}") + runs

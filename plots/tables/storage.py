@@ -8,9 +8,10 @@ shapes; `READINGS` has others for comparison.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from plots.numbers import Number
 from plots.records import Records, Trial
 from plots.reference import Storage, read
-from plots.settings import MODELS, NAMES, Number, by_key, order, shown
+from plots.settings import MODELS, NAMES, by_key, order, shown
 from plots.tables.table import Block, Cell, Column, Row, Table, block, captions, present
 from wush.formats import INT4, MXFP4, MXFP8, NVFP4
 
@@ -105,8 +106,8 @@ def table7(records: Records) -> Table:
 
 
 def usable(records: Records) -> list[Trial]:
-    """Whole models with transforms that are stored."""
-    known = [trial for trial in records.whole if trial.format in FORMATS]
+    """Whole models with transforms that are stored and with all linears quantized: bits count those that are not."""
+    known = [one for one in records.whole if one.format in FORMATS and one.metrics.quantized_share == 1]
     return [trial for trial in known if trial.metrics.bits_per_weight > FORMATS[trial.format].bits_per_weight]
 
 

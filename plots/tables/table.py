@@ -7,12 +7,17 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from plots.numbers import Number
 from plots.records import Records, Trial
-from plots.settings import Number
+from wush.version import METHOD_VERSION
 
 SOURCE = "arXiv 2512.00956 v3"
 NOT_RUN, NOTHING = "not run", "-"
 SIDES = ("published", "ours")
+INTERVALS = (
+    "±: 95% intervals of ours, their longer side: of n seeds by Student's t; of a single trial over evaluated windows "
+    "(bootstrap, of under 30 windows Student's t) or over a task's documents; none where nothing was kept to tell it."
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def captions(records: Records, used: Iterable[Trial], *more: str) -> tuple[str, 
     trials = {trial.trial_id: trial for trial in used}
     first = f"Published: {SOURCE}. {ours(list(trials.values()))}"
     left_out = [f"Left out: {note}." for note in records.notes]
-    return (first, *more, *left_out)
+    return (first, *more, *([INTERVALS] if trials else []), *left_out)
 
 
 def ours(trials: Sequence[Trial]) -> str:
@@ -112,9 +117,19 @@ def ours(trials: Sequence[Trial]) -> str:
     harness = sorted({task.harness for trial in trials for task in trial.tasks.values()})
     texts = sorted({text for trial in trials if (text := _calibration(trial))})
     parts = [f"{len(trials)} trial{'s' if len(trials) > 1 else ''} on {' and '.join(machines)}"]
+    parts += particular(trials)
     parts += [f"LM Evaluation Harness {' and '.join(harness)}"] if harness else []
     parts += [f"calibration: {', '.join(texts)}"] if texts else []
     return f"Ours: {'; '.join(parts)}."
+
+
+def particular(trials: Sequence[Trial]) -> list[str]:
+    """What a reader must know of the original models and of the method that made the numbers."""
+    notes = sorted({f"{trial.model}: {trial.model_note}" for trial in trials if trial.model_note})
+    old = sorted({trial.method_version for trial in trials if trial.old})
+    count = sum(trial.old for trial in trials)
+    versions = " and ".join(map(str, old))
+    return notes + ([f"{count} OLD, of version {versions} of the method (today's: {METHOD_VERSION})"] if old else [])
 
 
 def _calibration(trial: Trial) -> str:

@@ -94,7 +94,7 @@ def test_an_untracked_trial_imports_nothing_of_wandb(cli: Cli) -> None:
 def test_help_names_the_groups_and_their_options(cli: Cli) -> None:
     done = cli.run("--help")
     assert done.returncode == 0
-    for line in ("format: int4, mxfp4, mxfp8, nvfp4, original", "algorithm: gptq, rtn"):
+    for line in ("format: int4, mxfp4, mxfp8, nvfp4, original", "algorithm: gptq, mr_gptq, rtn"):
         assert line in done.stdout
     assert "transform: h, hu, i, r, sq, wus, wush" in done.stdout
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from experiments import plans, sweep
-from experiments.compare import METRICS, Comparison, Difference, Setting, compare
-from experiments.records import Metrics, Record
+from experiments.compare import GAP, KL, METRICS, Comparison, Difference, Setting, compare
+from experiments.records import Metrics, Record, Task, TaskRun, Windows
 from experiments.schema import ConfigError
 from experiments.sides import find, read, to_run_filter
 from experiments.store import ResultStore
@@ -21,7 +20,10 @@ from experiments.tracking import NoTracking
 from experiments.trial import TrialRunner
 from experiments.views.comparison import remarks, show_comparison, to_csv, to_json, to_markdown, to_terminal
 from tests.experiments.conftest import composed
+from wush import intervals
+from wush.intervals import Interval
 from wush.progress import Silent
+from wush.version import METHOD_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,10 @@ class Recorded:
     def __init__(self, root: Path, real: Record) -> None:
         self.store, self._real, self._root = ResultStore(root), real, root
 
-    def add(self, kl: float, *overrides: str, evaluated: str = "", gap: float = 1.0, bits: float = 4.25) -> str:
-        """A finished trial; its id."""
+    def add(
+        self, kl: float, *overrides: str, evaluated: str = "", gap: float = 1.0, bits: float = 4.25, **more: Any
+    ) -> str:
+        """A finished trial; its id. `more`: other values of the record."""
         own = sweep.plan([composed(f"results={self._root}", *overrides)], ["s"]).trials[0]
         metrics = Metrics(
             perplexity=10.0 + gap, perplexity_original=10.0, kl=kl, top1=0.5, bits_per_weight=bits, predictions=62
@@ -48,7 +52,8 @@ class Recorded:
         update: dict[str, Any] = {"trial_id": own.trial_id, "choices": own.choices, "config": own.config}
         text = self._real.data["evaluation"]
         changed = text.model_copy(update={"ids_sha256": evaluated or text.ids_sha256})
-        update |= {"data": self._real.data | {"evaluation": changed}, "metrics": metrics}
+        update |= {"data": self._real.data | {"evaluation": changed}, "metrics": metrics, "windows": None}
+        update |= {"method_version": METHOD_VERSION, **more}
         self.store.begin(own.trial_id, "")
         self.store.finish(self._real.model_copy(update=update))
         return own.trial_id
@@ -82,24 +87,166 @@ def test_trials_are_paired_with_those_that_differ_as_the_sides_do(store: Recorde
     assert (of(found.settings[0], "kl").a, of(found.settings[0], "kl").mean) == pytest.approx((0.3, -0.125))
     assert of(found.settings[0], "gap").mean == pytest.approx(-0.5)
     assert of(found.settings[0], "top1").a == pytest.approx(50.0)
-    assert of(found.settings[0], "kl").error is None
+    assert of(found.settings[0], "kl").interval is None, "these records do not have their windows"
     assert not any(one.clear for setting in found.settings for one in setting.differences)
     assert found.unpaired == ()
 
 
-def test_seeds_are_replicates_with_a_standard_error(store: Recorded) -> None:
+def test_seeds_are_replicates_with_a_t_interval_of_their_differences(store: Recorded) -> None:
     differences = [0.10, 0.12, 0.17]
     for seed, difference in enumerate(differences):
         store.add(0.2 + 0.5 * seed, "transform=h", f"seed={seed}")  # the seeds differ more than the transforms
         store.add(0.2 + 0.5 * seed + difference, "transform=wush", f"seed={seed}")
     (setting,) = store.compare("transform=h", "transform=wush").settings
-    kl = of(setting, "kl")
+    kl, expected = of(setting, "kl"), intervals.of_runs(differences)
     assert len(setting.pairs) == 3
     assert kl.mean == pytest.approx(0.13)
-    assert kl.error == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2 / 3))
+    assert expected
+    assert kl.interval
+    assert (kl.interval.low, kl.interval.high) == pytest.approx((expected.low, expected.high))
     assert kl.clear
+    assert kl.worse
     assert not kl.better
-    assert not of(setting, "bits_per_weight").clear
+    assert of(setting, "bits_per_weight").interval is None
+
+
+def test_three_pairs_that_two_standard_errors_would_call_clear_are_not(store: Recorded) -> None:
+    for seed, difference in enumerate((0.10, 0.02, 0.07)):  # 2.7 standard errors from 0; Student's t asks for 4.3
+        store.add(0.2, "transform=h", f"seed={seed}")
+        store.add(0.2 + difference, "transform=wush", f"seed={seed}")
+    (setting,) = store.compare("transform=h", "transform=wush").settings
+    assert not of(setting, "kl").clear
+
+
+def windows(kl: float, count: int = 40) -> Windows:
+    """Windows of one text, on which KL differs far more than between trials."""
+    hard = [0.5 + i / (count - 1) for i in range(count)]
+    return Windows(
+        nll=[250 * x + 100 * kl for x in hard],
+        nll_original=[230 * x for x in hard],
+        kl=[100 * kl * x for x in hard],
+        agree=[70 - i % 3 for i in range(count)],
+        predictions=[100] * count,
+    )
+
+
+@pytest.mark.parametrize("count", [8, 40])
+def test_one_pair_is_compared_window_by_window(store: Recorded, count: int) -> None:
+    own = {"h": windows(0.3, count), "wush": windows(0.28, count)}
+    for transform, found in own.items():
+        store.add(intervals.value(found, "kl"), f"transform={transform}", windows=found)
+    (setting,) = store.compare("transform=h", "transform=wush").settings
+    kl, expected = of(setting, "kl"), intervals.paired(own["h"], own["wush"], "kl")
+    assert kl.interval == expected
+    assert kl.clear
+    assert kl.better
+    for transform in own:
+        alone = intervals.of_metric(own[transform], "kl")
+        assert alone
+        assert kl.interval
+        assert alone.high - alone.low > 5 * (kl.interval.high - kl.interval.low), "what the text varies cancels"
+
+
+def test_seeds_that_change_nothing_are_one_pair_and_not_a_difference_without_noise(store: Recorded) -> None:
+    own = {"h": windows(0.3), "i": windows(0.3001)}
+    for seed in (0, 1, 2):
+        for transform, found in own.items():
+            store.add(intervals.value(found, "kl"), f"transform={transform}", f"seed={seed}", windows=found)
+    (setting,) = store.compare("transform=h", "transform=i").settings
+    assert len(setting.pairs) == 3
+    assert of(setting, "kl").interval == intervals.paired(own["h"], own["i"], "kl")
+
+
+def test_means_over_seeds_of_one_side_have_the_interval_of_that_side(store: Recorded) -> None:
+    for seed, kl in enumerate((0.2, 0.22, 0.24)):
+        store.add(kl, "transform=r", f"transform.seed={seed}", windows=windows(kl))
+    store.add(0.1, "transform=h", windows=windows(0.1))
+    (setting,) = store.compare("transform=r", "transform=h").settings
+    kl, spread = of(setting, "kl"), intervals.of_runs([0.2, 0.22, 0.24])
+    assert kl.interval
+    assert spread
+    assert (kl.interval.low, kl.interval.high) == pytest.approx(
+        (-0.12 - spread.high + 0.22, -0.12 + spread.high - 0.22)
+    )
+
+
+def task(*outcomes: float, samples: int | None = None) -> dict[str, Task]:
+    score = sum(outcomes) / len(outcomes)
+    run = TaskRun(seed=0, values={"acc,none": score}, stderrs={}, seconds=1.0, outcomes=list(outcomes))
+    return {
+        "easy": Task(
+            name="easy",
+            version="1",
+            harness="0",
+            num_fewshot=0,
+            chat_template=False,
+            samples=samples or len(outcomes),
+            metric="acc,none",
+            higher_is_better=True,
+            runs=[run],
+        )
+    }
+
+
+def test_tasks_are_compared_document_by_document(store: Recorded) -> None:
+    a = [float(i % 2) for i in range(200)]
+    b = [1.0 if i < 24 else value for i, value in enumerate(a)]  # right on 12 more, wrong on none
+    store.add(0.2, "transform=h", tasks=task(*a))
+    store.add(0.2, "transform=wush", tasks=task(*b))
+    (setting,) = store.compare("transform=h", "transform=wush").settings
+    score, expected = of(setting, "task easy, 0-shot of 200"), intervals.paired_documents(a, b)
+    assert score.mean == pytest.approx(6)
+    assert expected
+    assert score.interval == expected.scaled(100)
+    assert score.clear
+    assert score.better
+    alone = intervals.of_documents(a)
+    assert alone
+    assert alone.margin(0.5) > 0.06, "by themselves, the two scores are not clearly apart"
+
+
+def test_a_task_whose_outcomes_are_not_known_has_no_interval(store: Recorded) -> None:
+    store.add(0.2, "transform=h", tasks=task(1.0, 0.0, 1.0, samples=4))
+    store.add(0.2, "transform=wush", tasks=task(1.0, 0.0, 1.0, 1.0))
+    (setting,) = store.compare("transform=h", "transform=wush").settings
+    assert of(setting, "task easy, 0-shot of 4").interval is None
+
+
+def test_trials_of_another_method_are_no_partners_and_are_called_old(store: Recorded) -> None:
+    for version in (METHOD_VERSION - 1, METHOD_VERSION):
+        for transform in ("h", "wush"):
+            lists = (f"transform={transform}", f"calibration.windows={version + 1}")
+            store.add(0.2 + version, *lists, method_version=version)
+    found = store.compare("transform=h", "transform=wush")
+    assert [pair.a[0].old for setting in found.settings for pair in setting.pairs] == [True, False]
+    assert "of an earlier version of the method (old): 2 trials" in found.notes
+    assert found.settings[0].pairs[0].a[0].name.endswith(" old")
+    store.add(0.2, "transform=h", "format=nvfp4", method_version=METHOD_VERSION - 1)
+    store.add(0.2, "transform=wush", "format=nvfp4")
+    reasons = [one.reason for one in store.compare("transform=h", "transform=wush").unpaired]
+    assert reasons, "of one version only"
+    assert all("method_version" in reason or "together" in reason for reason in reasons)
+
+
+def test_what_is_measured_besides_makes_no_other_partner(store: Recorded) -> None:
+    store.add(0.3, "transform=h", "measure.windows=1")
+    store.add(0.2, "transform=wush")
+    found = store.compare("transform=h", "transform=wush")
+    assert found.unpaired == ()
+    assert found.differing == ("transform",)
+
+
+def test_the_share_quantized_is_compared_where_it_is_not_all(store: Recorded) -> None:
+    part = Metrics(
+        perplexity=11, perplexity_original=10, kl=0.2, top1=0.5, bits_per_weight=9, quantized_share=0.5, predictions=62
+    )
+    store.add(0.3, "transform=h")
+    store.add(0.2, "transform=wush", metrics=part)
+    (setting,) = store.compare("transform=h", "transform=wush").settings
+    share = of(setting, "quantized_share")
+    assert (share.a, share.b) == (100, 50)
+    assert not share.better
+    assert not share.worse
 
 
 def test_a_random_rotation_needs_no_seed_of_the_other_transform(store: Recorded) -> None:
@@ -117,7 +264,6 @@ def test_seeds_of_one_side_only_count_by_their_mean_and_that_is_said(store: Reco
     found = store.compare("transform=r", "transform=h")
     (setting,) = found.settings
     assert of(setting, "kl").a == pytest.approx(0.3)
-    assert of(setting, "kl").error is None
     assert found.notes == ("the mean of trials that differ by a seed that the other side has not: 1 pair",)
 
 
@@ -250,7 +396,7 @@ def two(store: Recorded) -> Recorded:
     """Two settings, the first with two seeds."""
     for seed in (0, 1):
         store.add(0.3, "transform=h", f"seed={seed}")
-        store.add(0.2, "transform=wush", f"seed={seed}")
+        store.add(0.2 + 0.01 * seed, "transform=wush", f"seed={seed}")
     store.add(0.3, "transform=h", "format=nvfp4", bits=4.5)
     store.add(0.25, "transform=wush", "format=nvfp4", bits=4.5)
     store.add(0.2, "transform=wush", "format=int4")
@@ -263,19 +409,22 @@ def test_the_table_fits_a_terminal_and_marks_clear_differences(two: Recorded) ->
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
-    assert any(line.split()[:7] == ["KL,", "nats", "0.3000", "0.2000", "-0.1000", "±", "0.0000"] for line in lines)
-    assert any(line.split() == ["KL,", "nats", "0.3000", "0.2500", "-0.0500"] for line in lines)
+    assert any(line.split()[-6:] == ["nats", "0.3000", "0.2050", "-0.0950", "±", "0.0635*"] for line in lines)
+    assert any(line.split()[-5:] == ["KL,", "nats", "0.3000", "0.2500", "-0.0500"] for line in lines)
 
 
 def test_files_hold_the_same_numbers(two: Recorded) -> None:
     found = two.compare("transform=h", "transform=wush")
-    assert "| mxfp4 | 2 | KL, nats | 0.3000 | 0.2000 | -0.1000 ± 0.0000 |" in to_markdown(found)
+    assert r"| mxfp4 | 2 | KL, nats | 0.3000 | 0.2050 | -0.0950 ± 0.0635\* |" in to_markdown(found)
     rows = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert len(rows) == 2 * 4
-    assert [float(row["difference"]) for row in rows if row["metric"] == "kl"] == pytest.approx([-0.1, -0.05])
+    assert [float(row["difference"]) for row in rows if row["metric"] == "kl"] == pytest.approx([-0.095, -0.05])
+    ends = [(row["low"], row["high"]) for row in rows if row["metric"] == "kl"]
+    assert [float(end) for end in ends[0]] == pytest.approx([-0.1585, -0.0315], abs=1e-4)
+    assert ends[1] == ("", "")
     assert {float(row["a"]) for row in rows if row["metric"] == "top1"} == {0.5}
     content = json.loads(to_json(found))
-    assert content["settings"][0]["metrics"]["kl"]["difference"] == pytest.approx(-0.1)
+    assert content["settings"][0]["metrics"]["kl"]["difference"] == pytest.approx(-0.095)
     assert [len(setting["pairs"]) for setting in content["settings"]] == [2, 1]
     assert [one["side"] for one in content["unpaired"]] == ["B"]
 
@@ -334,10 +483,18 @@ def test_thousands_of_trials_are_compared_at_once(real: Record, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("mean", "error", "pairs", "clear"),
-    [(1.0, None, 1, False), (1.0, 0.1, 2, False), (1.0, 0.1, 3, True), (1.0, 0.6, 9, False), (0.0, 0.0, 9, False)],
+    ("interval", "clear"), [(None, False), (Interval(-0.1, 0.2), False), (Interval(0.1, 0.2), True)]
 )
-def test_a_difference_is_clear_beyond_two_standard_errors_of_three_pairs(
-    mean: float, error: float | None, pairs: int, clear: bool
-) -> None:
-    assert Difference(METRICS[0], 0.0, mean, mean, error, pairs).clear == clear
+def test_a_difference_is_clear_when_its_interval_excludes_zero(interval: Interval | None, clear: bool) -> None:
+    assert Difference(KL, 0.0, 0.15, 0.15, interval, 1).clear == clear
+
+
+def test_a_perplexity_below_the_originals_is_not_better_and_fewer_bits_are_not() -> None:
+    assert Difference(GAP, 1.0, 0.5, -0.5, None, 1).better
+    below = Difference(GAP, 1.0, -0.1, -1.1, None, 1)
+    assert not below.better
+    assert not below.worse
+    (bits,) = (metric for metric in METRICS if metric.key == "bits_per_weight")
+    fewer = Difference(bits, 5.0, 4.0, -1.0, None, 1)
+    assert not fewer.better
+    assert not fewer.worse

@@ -139,7 +139,7 @@ def test_stages_are_scaled_by_the_tokens_of_their_text(store: Measured, tmp_path
     store.add(trial(tmp_path), 1.0)
     found = store.estimate(trial(tmp_path, "calibration.windows=6", "evaluation.window_length=16"))
     seconds = {name: stage.seconds for name, stage in found.stages.items()}
-    assert seconds == {"load": 1.0, "original": 0.5, "quantize": 3.0, "evaluate": 0.5}
+    assert seconds == {"load": 1.0, "original": 0.5, "quantize": 3.0, "measure": 1.0, "evaluate": 0.5}
     assert found.memory == 1000
 
 
@@ -223,7 +223,7 @@ def test_a_plan_tells_done_running_and_to_run_with_totals(
     store: Measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = planned(tmp_path, *([f"seed={seed}"] for seed in range(4)), ["algorithm=gptq"])
-    store.add(own.trials[0], 15.0, memory=3 * 2**30)
+    store.add(own.trials[0], 12.0, memory=3 * 2**30)
     Attempts(own.store, own.trials[1].trial_id).claim("other")
     text = shown(own, capsys, workers=2, launcher="local_parallel")
     assert re.search(r"rtn +0 +0? *done +1 min 00 s +3\.0 GiB *$", text, re.MULTILINE)
@@ -242,7 +242,7 @@ def test_a_plan_for_other_machines_takes_their_newest_device(
     store: Measured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.add(trial(tmp_path, "seed=1"), 1.0)
-    store.add(trial(tmp_path, "seed=2"), 15.0, device="NVIDIA H100")
+    store.add(trial(tmp_path, "seed=2"), 12.0, device="NVIDIA H100")
     text = shown(planned(tmp_path, []), capsys, elsewhere="gpu", launcher="slurm")
     assert "time: about 1 min 00 s one after the other" in text
     assert "estimated from the store's trials on NVIDIA H100" in text

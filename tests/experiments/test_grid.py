@@ -7,6 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig
 
 from experiments.launch import grid
@@ -167,7 +169,7 @@ def test_unknown_options_keys_and_wrong_values_come_together(loader: ConfigLoade
         "device=gpu: should be",
         "evaluation.windows=interval(1,2): not a list of values",
         "Error parsing override 'transform=[h'",
-        "quantize.exclude.0=1: input should be a valid string",
+        "quantize.exclude.0=1: read as the number 1, but it is a text; put what you mean in quotes",
     ):
         assert start in text, start
     assert len(set(found)) == len(found)
@@ -186,3 +188,38 @@ def test_a_value_that_is_needed_is_named_once(loader: ConfigLoader) -> None:
 def test_a_sweep_with_problems_is_not_planned(loader: ConfigLoader) -> None:
     with pytest.raises(ConfigError, match="format=mxfp5"):
         grid.planned(loader, master(), grid.combinations(["format=mxfp4,mxfp5"], loader), [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "texts"),
+    [
+        (["model=llama3_2_1b_instruct", "model.revision=1234e56"], "model.revision", ["1234e56"]),
+        (["model=llama3_2_1b_instruct", "model.revision=1.10,2e3"], "model.revision", ["1.10", "2e3"]),
+        (["sweep=20260101"], "sweep", ["20260101"]),
+        (["results=true"], "results", ["true"]),
+    ],
+)
+def test_a_text_that_reads_as_a_number_is_told_as_it_was_typed(
+    arguments: list[str], key: str, texts: list[str], loader: ConfigLoader
+) -> None:
+    found = grid.problems(loader, master(), arguments).splitlines()
+    assert [line.partition(": ")[0] for line in found] == [f"{key}={text}" for text in texts]
+    assert all(f"put it in quotes: {key}='\"{text}\"'" in line for text, line in zip(texts, found, strict=True))
+
+
+def test_a_text_in_quotes_is_taken(loader: ConfigLoader) -> None:
+    lists = grid.combinations(['sweep="20260101"', "transform=h,wush"], loader)
+    assert grid.planned(loader, master(), lists, []).name == "20260101"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1,2],[3]", "a,b", "1e5,1.10", "'x,y',z", '"a\\"b,c",d', "{a: [1,2]},{b: 1}", " a , b ", "x"],
+)
+def test_values_are_listed_as_hydra_lists_them(text: str, loader: ConfigLoader) -> None:
+    lists = grid.combinations([f"key={text}"], loader)
+    parser = OverridesParser.create()
+    (whole,) = parser.parse_overrides([f"key={text}"])
+    expected = list(whole.sweep_iterator()) if whole.is_sweep_override() else [whole.value()]
+    expected = [one.text if isinstance(one, QuotedString) else one for one in expected]
+    assert [parser.parse_overrides([one])[0].value() for (one,) in lists] == expected

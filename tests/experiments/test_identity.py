@@ -79,6 +79,25 @@ def test_a_models_files_are_read_once_while_they_stay_the_same(tmp_path: Path, m
     assert model_identity(node) == before
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("evaluation.windows=null", "read a whole stream"),
+        ("evaluation.read=joined evaluation.cut=each", "for documents"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused_and_others_of_the_text_are_not(wrong: str, message: str) -> None:
+    identities = Identities()
+    with pytest.raises(ValueError, match=message):
+        identities.identity(config("evaluation=c4", *wrong.split()))
+    assert identities.identity(config("evaluation=c4"))["evaluation"]["cut"] == "packed"
+
+
+@pytest.mark.parametrize("key", ["calibration.bos=every", "calibration.part=code"])
+def test_what_changes_windows_changes_the_trial(key: str) -> None:
+    assert trial_id(config(key)) != trial_id(config())
+
+
 def test_configs_that_share_a_text_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     text = EmbeddedText.text

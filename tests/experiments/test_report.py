@@ -1,5 +1,6 @@
 """The sweep report: what its HTML says, and how it behaves in a browser."""
 
+import io
 import json
 import logging
 import math
@@ -14,13 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from experiments.records import Block, BlockError, Data, Failure, Layer, Metrics, Outcome, Record, Result, Stage
+from experiments.records import (
+    Block,
+    BlockError,
+    Data,
+    Failure,
+    Layer,
+    Metrics,
+    Outcome,
+    Record,
+    Result,
+    Stage,
+    Windows,
+)
 from experiments.store import DamagedRecord, ResultStore
 from experiments.views.report import render_report
-from experiments.views.report_plots import log_scale, metric_scale, number, styles_of
+from experiments.views.report_plots import styles_of
+from experiments.views.scales import log_scale, metric_scale, number
 from experiments.views.selection import telling
-from experiments.views.summary import summarize, tabulate, to_markdown
+from experiments.views.summary import show_table, summarize, tabulate, to_markdown
+from wush.intervals import Sums, of_runs
 from wush.version import METHOD_VERSION
 
 BLOCKS = 30
@@ -36,8 +52,8 @@ def blocks(level: float) -> list[Block]:
         relative = level * 10 ** (3 * i / BLOCKS - 3) * (6 if i == 1 else 1 + 0.3 * math.sin(3 * i))
         layer = Layer(name="mlp.up_proj", shared_input=["mlp.gate_proj"], bits_per_weight=4.25, weights=884736)
         name = f"model.layers.{i}"
-        error = BlockError(mse=relative * 1e4, relative=relative)
-        found.append(Block(index=i, name=name, calibration=error, held_out=error, seconds=1.3, layers=[layer]))
+        held_out, calibration = (BlockError(mse=x * 1e4, relative=x) for x in (relative, relative * 0.8))
+        found.append(Block(index=i, name=name, calibration=calibration, held_out=held_out, seconds=1.3, layers=[layer]))
     return found
 
 
@@ -62,8 +78,8 @@ def record(trial_id: str, choices: dict[str, str], metrics: Metrics, level: floa
         warnings=["CUDA kernels are not used on this device"],
         versions={"python": "3.11.7", "torch": "2.9.0"},
         git_commit="70db0c0d",
-        model_revision=None,
         method_version=METHOD_VERSION,
+        model_revision=None,
         environment={"host": "node-7", "device": "cpu: AMD EPYC 9554"},
         started_at=START,
         finished_at=START + timedelta(seconds=97),
@@ -161,7 +177,7 @@ def test_a_reason_cannot_become_markup() -> None:
 
 def test_the_summary_counts_trials_and_names_the_best() -> None:
     html = re.sub(r"<a [^>]+>|</a>", "", render("grid", sweep()))
-    assert "6 trials: 5 done, 1 failed; best perplexity 17.50, nvfp4 wush." in html
+    assert "6 trials: 5 done, 1 failed; best KL 0.2200, nvfp4 wush." in html
 
 
 def test_a_failed_trial_shows_its_config_and_where_it_ran() -> None:
@@ -179,14 +195,14 @@ def test_an_unquantized_trial_is_never_the_best() -> None:
 def test_the_best_quantized_value_of_each_column_is_bold() -> None:
     html = render("grid", sweep())
     bold = re.findall(r"<strong>(.*?)</strong>", html)
-    assert bold == ["4.25", "4.25", "17.50", "+3.45", "0.2200", "79.0"]
+    assert bold == ["17.50", "+3.45", "0.2200", "79.0"], "and bits are not: fewer are no better quality"
 
 
 def test_bold_compares_within_a_model_only() -> None:
-    other = [quantized("mxfp4", t, p, 0.1, 0.1, model="qwen3_8b") for t, p in [("h", 9.0), ("wush", 8.0)]]
+    other = [quantized("mxfp4", t, p, 0.1, 0.1, model="qwen3_8b") for t, p in [("h", 29.0), ("wush", 28.0)]]
     bold = re.findall(r"<strong>(.*?)</strong>", render("grid", sweep() + other))
-    assert {"17.50", "8.00"} <= set(bold)
-    assert "9.00" not in bold
+    assert {"17.50", "28.00"} <= set(bold)
+    assert "29.00" not in bold
 
 
 def test_a_failed_trial_shows_its_reason_over_the_numbers_and_where_its_log_is() -> None:
@@ -251,10 +267,11 @@ def test_keys_that_differ_make_row_groups_and_transforms_but_seeds_do_not() -> N
 
 
 def test_at_most_24_curves_are_drawn_and_the_page_says_so() -> None:
-    many = [quantized("mxfp4", "r", 50.0 - i, 0.3, 0.1, seed=str(i)) for i in range(30)]
+    many = [quantized("mxfp4", "r", 20.0 + i, 0.5 - i / 100, 0.1, windows=str(i)) for i in range(30)]
     html = render("grid", many)
     assert html.count('<path class="curve') == 24
-    assert "the 24 trials lowest in perplexity, of 30" in html
+    assert html.count('<path class="thin curve') == 24
+    assert "the 24 trials lowest in KL, of 30" in html
     drawn = re.findall(r'<path class="curve.*?data-name="(.*?)"', html)
     assert set(drawn) == {f"mxfp4 r {i}" for i in range(6, 30)}
 
@@ -288,6 +305,197 @@ def test_a_record_that_cannot_be_read_any_more_is_said_to_be_so() -> None:
     assert "no longer there" in render_report("grid", sweep(), lambda _: None)
 
 
+# --- intervals, seeds, older methods
+
+
+def with_windows(outcome: Outcome, count: int = 40) -> Outcome:
+    """The outcome with sums of windows that scatter about its metrics, KL by a tenth."""
+    assert outcome.result is not None
+    metrics = outcome.result.metrics
+    swing = [0.9 + 0.2 * i / (count - 1) for i in range(count)]
+    windows = Windows(
+        nll=[100 * (math.log(metrics.perplexity) + x - 1) for x in swing],
+        nll_original=[100 * (math.log(14.05) + x - 1) for x in swing],
+        kl=[100 * metrics.kl * x for x in swing],
+        agree=[round(100 * metrics.top1 * x) for x in swing],
+        predictions=[100] * count,
+    )
+    return replace(outcome, result=replace(outcome.result, windows=Sums(windows)))
+
+
+def seeds_of(transform: str, *kl: float, fmt: str = "mxfp4") -> list[Outcome]:
+    """Trials that differ by seed only; their perplexities follow from KL."""
+    return [
+        quantized(fmt, transform, 15 + 10 * one, one, 0.1 * (1 + seed), **{"calibration.seed": str(seed)})
+        for seed, one in enumerate(kl)
+    ]
+
+
+def changed(outcome: Outcome, **changes: Any) -> Outcome:
+    assert outcome.result is not None
+    return replace(outcome, result=replace(outcome.result, **changes))
+
+
+def test_a_trial_is_shown_with_intervals_over_its_windows_and_the_page_says_what_they_are() -> None:
+    outcomes = [with_windows(one) if one.result else one for one in sweep()]
+    html = render("grid", outcomes)
+    best = next(cells(row) for row in rows(html) if "17.50" in row)
+    assert re.fullmatch(r"\+3\.45 ± 0\.\d\d", best[5])
+    kl, margin = map(float, best[6].split(" ± "))
+    assert (kl, margin) == (0.22, pytest.approx(0.22 * 0.059 * 2.02 / math.sqrt(40), rel=0.1))
+    assert re.fullmatch(r"79\.0 ± \d\.\d", best[7])
+    assert "±: 95% interval, bootstrapped over a trial&#39;s windows" in html
+    assert f"best KL {best[6]}, " in html
+    text = to_markdown("grid", tabulate(outcomes))
+    assert re.search(r"\| \+3\.45 ± 0\.\d{2} \| 0\.2200 ± 0\.\d{4} \| 79\.0 ± \d\.\d% \|", text)
+    assert "- ±: 95% interval" in text
+    original = next(row for row in text.splitlines() if "original |" in row)
+    assert " ± " not in original, "it does not differ from itself"
+    assert html.count('<path class="interval') == 2 * 4
+
+
+def test_without_windows_nothing_is_said_to_be_an_interval() -> None:
+    assert " ± " not in to_markdown("grid", tabulate(sweep()))
+    assert '<path class="interval' not in render("grid", sweep())
+
+
+def test_trials_that_differ_by_seed_are_one_row_with_mean_interval_and_number() -> None:
+    kl = {"h": (0.62, 0.6, 0.64), "wush": (0.3, 0.31, 0.35)}
+    outcomes = [baseline(), *seeds_of("h", *kl["h"]), *seeds_of("wush", *kl["wush"])]
+    table = tabulate(outcomes)
+    assert len(table.rows) == 3
+    assert "calibration.seed" not in table.columns
+    place = {name: i for i, name in enumerate(table.columns)}
+    for row, transform in zip(table.rows[1:], ("h", "wush"), strict=True):
+        interval = of_runs(kl[transform])
+        assert interval
+        mean = sum(kl[transform]) / 3
+        assert row[place["transform"]] == transform
+        assert row[place["seeds"]] == "3"
+        assert row[place["KL"]] == f"{mean:.4f} ± {interval.high - mean:.4f}"
+        assert row[place["trial"]].endswith(" +2")
+    assert table.rows[0][place["seeds"]] == "-"
+
+
+def test_seeds_that_change_nothing_have_the_interval_of_one_trial() -> None:
+    same = [with_windows(one) for one in seeds_of("h", 0.62, 0.62, 0.62)]
+    table = tabulate(same)
+    place = table.columns.index("KL")
+    assert [row[place] for row in table.rows] == [tabulate(same[:1]).rows[0][place]]
+    assert re.fullmatch(r"0\.6200 ± 0\.01\d\d", table.rows[0][place])
+
+
+def test_a_seed_that_is_not_done_keeps_its_own_row() -> None:
+    first, second, third = seeds_of("h", 0.62, 0.6, 0.64)
+    waiting = replace(third, result=None)
+    table = tabulate([first, waiting, second])
+    seeds = table.columns.index("seeds")
+    assert [row[seeds] for row in table.rows] == ["2", "seed 2"]
+    assert "queued" in table.rows[1][-1]
+
+
+def test_trials_of_other_texts_or_methods_are_no_seeds_of_each_other() -> None:
+    first, second, third = seeds_of("h", 0.62, 0.6, 0.64)
+    others = [changed(second, evaluated="other"), changed(third, method_version=METHOD_VERSION - 1)]
+    assert len(tabulate([first, *others]).rows) == 3
+
+
+def test_the_report_shows_means_first_and_each_trial_on_click() -> None:
+    outcomes = [*seeds_of("h", 0.62, 0.6, 0.64), *seeds_of("wush", 0.3, 0.31, 0.35)]
+    html = render("grid", outcomes)
+    tables = re.findall(r'<table id="(.*?)">(.*?)</table>', html, re.S)
+    assert [(name, len(rows(body))) for name, body in tables] == [("means", 2), ("trials", 6)]
+    assert html.index("Each of the 6 trials") < html.index('<table id="trials"')
+    assert "best KL 0.3200 ± 0.0657, " in html
+    assert "mxfp4 wush rtn, mean of 3 seeds" in html
+    assert html.count('class="mark') == 2 * 2, "a mark is a mean"
+    assert html.count('<path class="interval') == 2 * 2
+    assert len(re.findall(r'<path class="curve', html)) == 2
+
+
+def test_a_perplexity_below_the_originals_is_never_the_best() -> None:
+    below = at_perplexity(quantized("nvfp4", "wus", 17.0, 0.9, 0.3), 13.9)
+    html = render("grid", [*sweep(), below])
+    bold = re.findall(r"<strong>(.*?)</strong>", html)
+    assert bold == ["17.50", "+3.45", "0.2200", "79.0"]
+    assert "best KL 0.2200" in html
+
+
+def test_a_trial_of_an_earlier_method_is_marked_and_counts_neither_as_done_nor_as_the_best() -> None:
+    outcomes = sweep()
+    outcomes[-1] = changed(outcomes[-1], method_version=METHOD_VERSION - 1)
+    html = render("grid", outcomes)
+    row = next(row for row in rows(html) if "17.50" in row)
+    assert 'data-status="old"' in row
+    assert "<strong>" not in row
+    assert "6 trials: 4 done, 1 failed, 1 old; best KL 0.3100" in html
+    assert "nvfp4 wush (old)" in html
+    table = tabulate(outcomes)
+    assert [row[-1].endswith(" old") for row in table.rows] == [False] * 5 + [True]
+    assert any(note.startswith("old: ") for note in table.notes)
+    assert not any(note.startswith("old: ") for note in tabulate(sweep()).notes)
+
+
+def test_the_heading_names_the_originals_perplexity_and_what_its_weights_are() -> None:
+    outcomes = [changed(one, model_note="Q4_1, read dequantized") if one.result else one for one in sweep()]
+    line = "smollm2_135m (Q4_1, read dequantized): original perplexity 14.050"
+    assert line in render("grid", outcomes)
+    assert f"- {line}\n" in to_markdown("grid", tabulate(outcomes))
+    other = changed(quantized("mxfp4", "h", 9.0, 0.1, 0.1), evaluated="e" * 64)
+    assert "original perplexity 14.050 on dddddddd, 14.050 on eeeeeeee" in render("grid", [*sweep(), other])
+
+
+def test_the_share_that_is_quantized_stands_beside_bits_where_it_is_not_all() -> None:
+    assert "(" not in "".join(tabulate(sweep()).rows[1])
+    one = sweep()[1]
+    assert one.result
+    part = one.result.metrics.model_copy(update={"bits_per_weight": 10.5, "quantized_share": 0.51999})
+    outcomes = [changed(one, metrics=part)]
+    table = tabulate(outcomes)
+    assert "10.50 (51.9%)" in table.rows[0]
+    assert any("share quantized" in note for note in table.notes)
+    assert "10.50 (51.9%)" in render("grid", outcomes)
+
+
+def test_curves_are_of_held_out_tokens_and_thin_ones_of_the_calibration() -> None:
+    html = render("grid", sweep())
+    assert "output on held-out tokens, log axis" in html
+    assert "thin: on the calibration tokens" in html
+    named = re.findall(r'<path class="(thin )?curve.*?data-name="(.*?)"', html)
+    assert {bool(thin) for thin, name in named if name.endswith(", calibration tokens")} == {True}
+    assert len(named) == 2 * 4
+    old = [changed(one, errors={}) if one.result else one for one in sweep()]
+    html = render("grid", old)
+    assert "output on the calibration tokens, log axis" in html
+    assert len(re.findall(r'<path class="thin curve', html)) == 4
+    assert html.count('<path class="curve') == 0
+
+
+def test_of_very_many_rows_single_trials_have_no_intervals() -> None:
+    outcomes = [with_windows(one) if one.result else one for one in many(1100)]
+    assert not any(" ± " in cell for row in tabulate(outcomes).rows for cell in row)
+    assert any(" ± " in cell for row in tabulate(outcomes[:900]).rows for cell in row)
+
+
+@pytest.mark.parametrize("width", [100, 120, 160])
+def test_a_narrow_terminal_cuts_no_number_and_no_label(width: int) -> None:
+    outcomes = [with_windows(one) for one in sweep() if one.result]
+    if width > 100:
+        outcomes += [*seeds_of("wus", 0.6, 0.61), quantized("mxfp4", "h", 20.0, 0.3, 0.1, algorithm="gptq")]
+    console = Console(width=width, file=io.StringIO())
+    show_table(console, "grid", outcomes, Path("results"))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    table = tabulate(outcomes)
+    header = next(line for line in lines if line.startswith(" format "))
+    kept = [i for i, column in enumerate(table.columns[:-1]) if column in header]
+    for row in table.rows:
+        trial, _, more = row[-1].partition(" ")
+        expected = " ".join([*(row[i] for i in kept), trial[:8], more]).split()
+        assert expected in [line.split() for line in lines]
+    assert {"vs original", "KL", "top-1", "bits"} <= {table.columns[i] for i in kept}
+
+
 # --- many trials
 
 
@@ -295,8 +503,9 @@ def many(count: int) -> list[Outcome]:
     """Trials of four lanes, of which every fiftieth failed."""
     found = []
     for i in range(count):
-        one = quantized(("mxfp4", "nvfp4")[i % 2], ("h", "wush")[i // 2 % 2], 15 + i * 7 % 1000 / 20, 0.3, 0.1)
-        labels = {**one.labels, "calibration.seed": str(i // 4)}
+        kl = i * 7 % 1000 / 200
+        one = quantized(("mxfp4", "nvfp4")[i % 2], ("h", "wush")[i // 2 % 2], 15 + 10 * kl, kl, 0.1)
+        labels = {**one.labels, "calibration.windows": str(i // 4)}
         trial_id = f"{i:016x}"
         if i % 50 == 49:
             failure = Failure(
@@ -329,11 +538,9 @@ def test_details_are_of_the_failed_and_then_of_the_best() -> None:
     html = render("grid", many(1500))
     shown = re.findall(r'<span class="state \w+">(\w+)</span></summary>', html)
     assert shown == ["failed"] * 30 + ["done"] * 70
-    perplexity = {f"trial {i}": 15 + i * 7 % 1000 / 20 for i in range(1500)}
+    kl = {f"trial {i}": i * 7 % 1000 / 200 for i in range(1500)}
     names = re.findall(r'<span class="name">(.*?)</span>', html)[30:]
-    assert [perplexity[name] for name in names] == sorted(
-        perplexity[f"trial {i}"] for i in range(1500) if i % 50 != 49
-    )[:70]
+    assert [kl[name] for name in names] == sorted(kl[f"trial {i}"] for i in range(1500) if i % 50 != 49)[:70]
 
 
 def test_failed_trials_leave_half_of_the_places_to_others() -> None:
@@ -349,10 +556,10 @@ def test_failed_trials_leave_half_of_the_places_to_others() -> None:
 
 def test_of_a_lane_with_many_trials_the_extreme_ones_are_drawn() -> None:
     html = render("grid", many(1500))
-    plot = re.search(r'<svg class="plot dots".*?</svg>', html, re.S)
-    lowest = min(15 + i * 7 % 1000 / 20 for i in range(1500) if i % 50 != 49)
-    assert plot
-    assert f": {lowest:.2f}</title>" in plot[0]
+    _, plot = re.findall(r'<svg class="plot dots".*?</svg>', html, re.S)
+    for extreme in (min, max):
+        perplexity = extreme(15 + i * 7 % 1000 / 20 for i in range(1500) if i % 50 != 49)
+        assert f": {perplexity:.2f}</title>" in plot
 
 
 def test_panels_are_bounded_and_the_page_says_so() -> None:
@@ -514,7 +721,7 @@ def test_of_a_long_table_the_first_rows_of_any_order_are_shown_until_all_are_ask
     assert values == sorted(values)
     assert len(values) == 1470
     assert column(page, "Perplexity")[1470:] == ["failed"] * 30
-    button = page.find_element("css selector", "#more button")
+    button = page.find_element("css selector", ".more button")
     assert button.text == "Show all 1,500"
     button.click()
     assert page.execute_script(visible) == 1500
@@ -540,18 +747,19 @@ def test_the_keyboard_sorts_and_labels_that_lack_a_value_come_last(page: Any) ->
 def test_the_plots_show_every_quantized_trial(page: Any) -> None:
     dots = page.find_elements("css selector", "svg.dots")
     assert [len(plot.find_elements("css selector", ".mark")) for plot in dots] == [4, 4]
-    assert [len(plot.find_elements("css selector", ".reference")) for plot in dots] == [1, 0]
+    assert [len(plot.find_elements("css selector", ".reference")) for plot in dots] == [0, 1]
     shapes = {mark.get_attribute("data-shape") for mark in dots[0].find_elements("css selector", ".mark")}
     fills = {mark.value_of_css_property("fill") for mark in dots[0].find_elements("css selector", ".mark")}
     assert len(shapes) == len(fills) == 2
-    curves = page.find_elements("css selector", "path.curve")
+    curves = page.find_elements("css selector", "path.curve:not(.thin)")
     assert [len(curve.get_attribute("data-points").split(";")) for curve in curves] == [BLOCKS] * 4
+    assert len(page.find_elements("css selector", "path.thin.curve")) == 4
     assert len({curve.value_of_css_property("stroke-dasharray") for curve in curves}) == 2
 
 
 @pytest.mark.browser
 def test_marks_lie_to_the_right_of_the_original_in_order_of_perplexity(page: Any) -> None:
-    plot = page.find_element("css selector", "svg.dots")
+    _, plot = page.find_elements("css selector", "svg.dots")
     places = {m.find_element("tag name", "title").get_attribute("textContent"): m.rect["x"] + m.rect["width"] / 2
               for m in plot.find_elements("css selector", ".mark")}  # fmt: skip
     assert sorted(places, key=lambda title: places[title]) == [
@@ -563,7 +771,7 @@ def test_marks_lie_to_the_right_of_the_original_in_order_of_perplexity(page: Any
 @pytest.mark.browser
 def test_pointing_at_a_curve_names_its_trial_and_block(page: Any) -> None:
     script = """
-        const curve = document.querySelector('.curve'), svg = curve.ownerSVGElement;
+        const curve = document.querySelector('.curve:not(.thin)'), svg = curve.ownerSVGElement;
         svg.scrollIntoView({block: 'center'});
         const [x, y] = curve.dataset.points.split(';')[12].split(' ');
         const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;

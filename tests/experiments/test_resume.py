@@ -43,7 +43,9 @@ def record(folder: Path) -> Record:
 def comparable(one: Record) -> dict[str, Any]:
     """What must be the same however often a trial was killed."""
     blocks = [block.model_dump(exclude={"seconds"}) for block in one.blocks]
-    return one.model_dump(include={"metrics", "skipped", "data", "warnings", "trial_id"}) | {"blocks": blocks}
+    return one.model_dump(include={"metrics", "windows", "lost", "skipped", "data", "warnings", "trial_id"}) | {
+        "blocks": blocks
+    }
 
 
 def test_a_trial_killed_at_seeded_points_comes_out_the_same_bit_for_bit(tmp_path: Path) -> None:
@@ -155,7 +157,8 @@ def test_an_evaluation_that_was_saved_is_not_repeated(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(ResultStore, "finish", full_disk)
         own.run(trial)
-    monkeypatch.setattr("wush.evaluate", None, raising=False)
+    for done in ("wush.evaluate", "wush.measure"):
+        monkeypatch.setattr(done, None, raising=False)
     again = own.run(trial)
     assert isinstance(again, Record)
     assert set(again.stages) == {"load", "original", "quantize", "measure", "evaluate"}

@@ -1,17 +1,22 @@
 """The launchers' keys: every option is valid, every key is read, every mistake names its key and remedy."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from experiments.launch.plugins import as_node
 from experiments.launch.settings import SlurmSettings, validate_launcher
 from experiments.schema import ConfigError
+from experiments.sweep import typed
 from tests.experiments.conftest import ROOT, environment
 
 OPTIONS = ("local", "local_parallel", "slurm")
@@ -105,3 +110,72 @@ def test_settings_are_light() -> None:
     code = "import sys, experiments.launch.settings; print({'torch', 'submitit', 'hydra'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "4:00:00",
+            "1-04:00:00",
+            "90",
+            "0090",
+            "1_000",
+            "on",
+            "off",
+            "yes",
+            "No",
+            "true",
+            "FALSE",
+            "null",
+            "0x1F",
+            "0b1",
+        ),
+        *(
+            "1e5",
+            "1E+5",
+            "1234e56",
+            "1.10",
+            "1.",
+            ".5",
+            "-3",
+            "+0.5",
+            "2026-01-01",
+            "1.2.3",
+            "a",
+            "inf",
+            "12:30",
+            "3e",
+        ),
+    ],
+)
+def test_a_plain_value_means_in_a_file_what_it_means_on_the_command_line(text: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([f"key={text}"])
+    in_file, on_command_line = OmegaConf.create(f"key: {text}\n").key, override.value()
+    assert (in_file, type(in_file)) == (on_command_line, type(on_command_line))
+
+
+def test_quotes_make_a_text_of_anything_in_a_file() -> None:
+    assert OmegaConf.create("{a: '1e5', b: \"true\", c: '4:00:00'}") == {"a": "1e5", "b": "true", "c": "4:00:00"}
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("4:00:00", 240), ("1-00:00:00", 1440), ("'0:30:00'", 30), ("90", 90)])
+def test_a_time_in_a_file_is_the_time_on_the_command_line(text: str, minutes: int, tmp_path: Path) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(ROOT / "conf", conf)
+    (conf / "hydra" / "launcher" / "mine.yaml").write_text(f"defaults: [slurm]\ntime: {text}\n")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = compose("config", overrides=["hydra/launcher=mine"], return_hydra_config=True)
+    settings = validate_launcher(as_node(config.hydra.launcher))
+    assert isinstance(settings, SlurmSettings)
+    assert settings.minutes == minutes
+
+
+@pytest.mark.parametrize(("key", "text"), [("account", "123e4"), ("partition", "1.10"), ("qos", "true")])
+def test_a_text_that_reads_as_a_number_is_told_as_it_was_typed(key: str, text: str) -> None:
+    node = launcher("slurm", f"hydra.launcher.{key}={text}")
+    with pytest.raises(ConfigError) as error:
+        validate_launcher(node, typed([f"hydra.launcher.{key}={text}"]))
+    assert str(error.value).startswith(f"hydra.launcher.{key}={text}: read as ")
+    assert str(error.value).endswith(f"put it in quotes: hydra.launcher.{key}='\"{text}\"'")

@@ -442,3 +442,10 @@ def test_sweep_names_come_from_the_overrides_that_matter() -> None:
     long = [sweep.sweep_name([f"seed={','.join(map(str, range(n)))}"]) for n in (200, 201)]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 80
+
+
+def test_mr_gptq_in_a_format_that_it_is_not_for_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match=r"^algorithm=mr_gptq: is for mxfp4 and nvfp4, not for format=int4; use"):
+        sweep.plan([composed("algorithm=mr_gptq", f"format={name}") for name in ("mxfp4", "int4")], [])
+    made = sweep.plan([composed("algorithm=mr_gptq", f"format={n}") for n in ("mxfp4", "nvfp4", "original")], [])
+    assert len(made.trials) == 3

@@ -90,8 +90,9 @@ def test_a_trial_is_one_run_with_its_config_series_and_metrics(cli: Cli) -> None
     assert logged["format"] == {"_target_": "wush.Mxfp4", "scale_rule": "paper"}
     assert {key: logged["choices"][key] for key in CHOICES} == CHOICES
     blocks = history_of(messages)
-    assert [row["block"] for row in blocks] == [0, 1]
-    assert all(row["block/mse"] > 0 for row in blocks)
+    assert [row["block"] for row in blocks] == [0, 1, 0, 1]
+    assert all(row["block/mse"] > 0 for row in blocks[:2])
+    assert all(row["block/held_out_mse"] > 0 for row in blocks[2:])
     summary = summary_of(messages)
     assert (summary["status"], summary["reason"]) == ("done", None)
     assert summary["kl"] == metrics["kl"]
@@ -157,7 +158,8 @@ for trial_id in trials.split(","):
 
 
 def a_block(index: int) -> Block:
-    return Block(index=index, name="b", calibration=BlockError(mse=1.0, relative=0.1), seconds=1.0, layers=[])
+    error = BlockError(mse=1.0, relative=0.1)
+    return Block(index=index, name="b", calibration=error, held_out=error, seconds=1.0, layers=[])
 
 
 def variables(home: Path, url: str, **more: str) -> dict[str, str]:

@@ -81,6 +81,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     tracking = WandbTracking("wush", None, "offline")
     tracking.start("abc123", CHOSEN, config(), "sweep-a", tmp_path)
     tracking.block(a_block(0))
+    tracking.measured([a_block(0)])
     tracking.finish(record("abc123"))
     wandb.teardown()  # writes what is not in the file yet
     (messages,) = runs(tmp_path)
@@ -88,7 +89,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_every_name_in_the_panels_is_one_that_tracking_logs(logged: list[Any]) -> None:
-    summary, history = set(summary_of(logged)), set(history_of(logged)[0])
+    summary, history = set(summary_of(logged)), set().union(*history_of(logged))
     choices = {f"config:choices.value.{group}" for group in CHOSEN}
     for panel in panels(spec()):
         shown = panel["config"]
@@ -116,6 +117,14 @@ def test_the_comparison_has_kl_perplexity_bits_blocks_and_means_by_choice() -> N
     _, means = grids(found)
     for runset in means["runSets"]:
         assert [key["name"] for key in runset["grouping"]] == [f"choices.value.{group}" for group in CHOICES]
+
+
+def test_the_paired_differences_stand_before_the_panels() -> None:
+    found = json.loads(to_json(report("wush", "team", A, B, differences="| KL | -0.1 ± 0.02* |")))
+    kinds = [block["type"] for block in found["spec"]["blocks"]]
+    assert kinds.index("markdown-block") < kinds.index("panel-grid")
+    assert "| KL | -0.1 ± 0.02* |" in list(strings(found))
+    assert "markdown-block" not in [block["type"] for block in spec()["spec"]["blocks"]]
 
 
 def test_no_two_panels_of_a_grid_overlap() -> None:

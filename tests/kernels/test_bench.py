@@ -212,6 +212,20 @@ def test_layers_that_keep_no_copies_are_shown_and_not_promised() -> None:
     assert "| llama3_1_8b | gate+up | 28672 x 4096 | 0.50 |" in shown
 
 
+def test_what_a_transform_for_each_block_costs_is_told_where_both_were_timed() -> None:
+    assert "one Hadamard matrix" not in report.markdown(full_record())
+    lines = [layer(1024, 1.9, (8192, size)) for size in (4096, 8192, 28672)]
+    for one, us in zip(lines[:2], (19.0, 20.0), strict=True):
+        one.timings["hadamard"] = timing(us)
+    lines += [dataclasses.replace(lines[0], tokens=4096), dataclasses.replace(lines[0], failure="wrong")]
+    shown = report.markdown(made_record(*lines))
+    assert (
+        "MXFP4 layers with a transform for each block are 2.5% slower on average than with one Hadamard matrix for "
+        "all, 0.0% to 5.0% (M = 1,024, 2 layers)." in shown
+    )
+    assert "NVFP4 layers with a transform for each block are" not in shown
+
+
 def test_a_missed_promise_says_what_the_roofline_allows() -> None:
     missed = outcome(made_record(layer(4096, 1.6)), PREFILL)
     assert "GFLOP in fp8" in missed.roofline

@@ -24,7 +24,7 @@ from wush_kernels.bench import (
     run,
     shapes,
 )
-from wush_kernels.bench.measurement import Ceilings, Errors, Measurement, Timing, Work
+from wush_kernels.bench.measurement import HADAMARD, OURS, Ceilings, Errors, Measurement, Timing, Work
 from wush_kernels.bench.timing import Effort, time_together
 
 CEILINGS = Ceilings(copy_gbs=2800.0, bf16_tflops=700.0, fp8_tflops=1400.0)
@@ -199,6 +199,30 @@ def test_a_layer_is_compared_with_float64_of_its_codes(name: str, monkeypatch: p
     assert layers.path(own.copies[0], 3).count("+") == 1
     monkeypatch.setattr(layers, "product_errors", lambda found, *rest: products.product_errors(found * 1.1, *rest))
     assert own.errors(3).wrong()
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_a_layer_is_timed_beside_itself_with_one_hadamard_matrix_which_is_checked_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "layer_shapes", lambda models: [shapes.LayerShape(48, 64, ("a model's o",))])
+    one = next(own for own in layers.cases([], Effort(cold_bytes=1), quick=True) if own.variant == name)
+    prepared = one.prepare()
+    calls = {kind: prepared.contenders[kind][0] for kind in (OURS, HADAMARD)}
+    size = operands.FORMATS[name].group_size
+    shapes_of = {kind: tuple(call.args[1].transform.shape) for kind, call in calls.items()}  # type: ignore[attr-defined]
+    assert shapes_of == {OURS: (64 // size, size, size), HADAMARD: (size, size)}
+    with torch.no_grad():
+        assert {kind: call().shape for kind, call in calls.items()} == dict.fromkeys(calls, (1, 48))  # type: ignore[attr-defined]
+        assert not prepared.check().wrong()
+    own = layers.Layers(operands.FORMATS[name], shapes.LayerShape(48, 64, ()), Effort(cold_bytes=1))
+    right = products.product_errors
+    monkeypatch.setattr(
+        layers, "product_errors",
+        lambda found, *rest: right(found * (1.1 if rest[4].dim() == 2 else 1), *rest),
+    )  # fmt: skip
+    assert "of the layer with Hadamard" in own.errors(3).wrong()
 
 
 # The model

@@ -4,15 +4,29 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from experiments.records import Block, BlockError, Data, Layer, LayerLoss, Metrics, Record, Stage, Task, TaskRun
+from experiments.records import (
+    Block,
+    BlockError,
+    Data,
+    Layer,
+    LayerLoss,
+    Metrics,
+    Record,
+    Stage,
+    Task,
+    TaskRun,
+    Windows,
+)  # fmt: skip
+from wush.version import METHOD_VERSION
 
 LINEARS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-BITS = {"bf16": 16.0, "mxfp4": 4.25, "nvfp4": 4.5, "int4": 4.5}
+BITS = {"original": 16.0, "bf16": 16.0, "mxfp4": 4.25, "nvfp4": 4.5, "int4": 4.5}
 
 
 def record(
@@ -25,6 +39,9 @@ def record(
     windows: int = 12,
     seed: int = 0,
     kl: float = 0.1,
+    kls: Sequence[float] = (),
+    version: int = METHOD_VERSION,
+    measured_on: str | None = None,
     bits: float | None = None,
     blocks: Sequence[int] | None = None,
     mse: Mapping[int, float] | None = None,
@@ -35,19 +52,39 @@ def record(
     gpu_bytes: int | None = None,
     device: str = "cpu: made up",
 ) -> Record:
-    """A trial; `mse`: the loss of every linear of each decoder block; `tasks`: shares of each run of a task."""
+    """A trial; `mse`: the loss of every linear of each decoder block; `tasks`: shares of each run of a task.
+
+    `kls`: the KL of each evaluated window, of equally many predictions, in place of `kl`; `measured_on`: of the losses.
+    """
     quantized = (
-        {} if format_ == "bf16" else {"transform": transform, "algorithm": algorithm, "calibration": calibration}
+        {}
+        if format_ in ("original", "bf16")
+        else {"transform": transform, "algorithm": algorithm, "calibration": calibration}
     )
+    kl = fmean(kls) if kls else kl
     choices = {"model": model, "format": format_, "evaluation": evaluation, **quantized}
     text = {"windows": windows, "window_length": 512, "batch_size": 4, "seed": seed}
     config: dict[str, Any] = {
         "model": {"path": model}, "format": {"_target_": format_}, "transform": {"_target_": transform, "seed": seed},
         "algorithm": {"_target_": algorithm}, "calibration": {"_target_": calibration, **text},
         "evaluation": {"_target_": evaluation, "windows": 12, "window_length": 512, "batch_size": 4, "seed": None},
-        "quantize": {"exclude": [], "blocks": None if blocks is None else list(blocks), "layer_loss": mse is not None},
+        "quantize": {"exclude": [], "blocks": None if blocks is None else list(blocks)},
+        "measure": {"layer_loss": measured_on or ("held_out" if mse is not None else None), "windows": 4},
     }  # fmt: skip
-    told = [model, format_, transform, algorithm, calibration, windows, seed, blocks, evaluation, sorted(tasks or {})]
+    told = [
+        version,
+        measured_on,
+        model,
+        format_,
+        transform,
+        algorithm,
+        calibration,
+        windows,
+        seed,
+        blocks,
+        evaluation,
+        sorted(tasks or {}),
+    ]
     when = datetime(2026, 1, 2, tzinfo=UTC)
     return Record(
         trial_id=json.dumps(told),
@@ -57,6 +94,7 @@ def record(
             perplexity=20 + kl, perplexity_original=20, kl=kl, top1=0.8, predictions=100,
             bits_per_weight=BITS[format_] if bits is None else bits,
         ),
+        windows=windows_of(kls) if kls else None,
         blocks=[_block(index, value, predicted) for index, value in (mse or {}).items()],
         skipped={},
         tasks={name: task(name, shares) for name, shares in (tasks or {}).items()},
@@ -66,6 +104,7 @@ def record(
         },
         data={"evaluation": Data(text_sha256="0" * 64, ids_sha256="1" * 64, tokens=6144)},
         seed=seed,
+        method_version=version,
         warnings=[],
         versions={"python": "3.11"},
         git_commit=None,
@@ -74,6 +113,23 @@ def record(
         started_at=when,
         finished_at=when,
     )  # fmt: skip
+
+
+def windows_of(kls: Sequence[float], predictions: int = 10) -> Windows:
+    """Windows of so many predictions, with that KL a prediction."""
+    count = len(kls)
+    sums = [predictions * one for one in kls]
+    return Windows(
+        nll=[3 * predictions + one for one in sums], nll_original=[3.0 * predictions] * count, kl=sums,
+        agree=[predictions - 2] * count, predictions=[predictions] * count,
+    )  # fmt: skip
+
+
+def answered(name: str, outcomes: Sequence[float]) -> Task:
+    """A task with a single run, of which each document's outcome is known."""
+    made = task(name, [fmean(outcomes)])
+    made.runs[0].outcomes = list(outcomes)
+    return made
 
 
 def task(name: str, shares: Sequence[float], stderr: float = 0.01) -> Task:

@@ -49,7 +49,7 @@ def drawn(folder: Path) -> set[str]:
 
 def files(*names: str) -> set[str]:
     def kinds(name: str) -> tuple[str, ...]:
-        tables = ("md",) if name == "verdicts" else ("md", "tex", "csv")
+        tables = ("md",) if name in ("verdicts", "claims") else ("md", "tex", "csv")
         return tables if name in command.TABLES else ("pdf", "svg", "png")
 
     return {f"{name}.{kind}" for name in names for kind in kinds(name)}
@@ -100,7 +100,7 @@ def test_an_unknown_figure_is_named_with_the_choices_and_the_others_are_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["figure11", "figure1", "--output", str(tmp_path)]) == 2
-    said = "figure11: there is no such figure or table; choose from figure1, figure2, figure3\n"
+    said = "figure11: there is no such figure or table; choose from figure1, figure2, figure3, readme\n"
     assert capsys.readouterr().err == said
     assert drawn(tmp_path) == files("figure1")
 
@@ -205,5 +205,5 @@ def test_figure5_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_a_model_without_figure5_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["figure6", "--model", "some/model", "--output", str(tmp_path / "out")]) == 2
-    assert "--model some/model: only figure5 takes a model; name it" in capsys.readouterr().err
+    assert "--model some/model: only figure5 and powers take a model; name one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -15,10 +15,13 @@ from matplotlib.text import Text
 from plots import figure2, figure6, platinum, style
 from plots.records import Records
 from plots.reference import BENCHMARKS, FILES, FOLDER, Platinum, Speedup, Unreadable, read
-from wush_kernels.bench.measurement import Ceilings
+from wush_kernels.bench.measurement import Ceilings, Measurement, Timing, Work
 from wush_kernels.bench.record import RESULTS, Record, save
 
 MODELS = ("Llama-3.2-3B-Instruct", "Llama-3.1-8B-Instruct", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
+
+
+SIZES = [(layer.m, layer.n, layer.k) for layer in read(Speedup)]
 
 
 @pytest.fixture(autouse=True)
@@ -90,21 +93,50 @@ def test_figure2_shows_the_newest_record_and_marks_what_it_lacks() -> None:
     contents = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     complete = [one for one in contents if one["finished"] and not one["settings"]["quick"]]
     record = max(complete, key=lambda one: one["environment"]["date"])
-    ratios = {
-        (one["section"], one["name"], one["variant"], one["tokens"], one["out_features"], one["in_features"]):
-        one["timings"]["bf16"]["us"] / one["timings"]["ours"]["us"]
-        for one in record["measurements"] if "bf16" in one["timings"] and not one["failure"]
-    }  # fmt: skip
-    sizes = [tuple(int(line[size]) for size in "mnk") for line in cells(FILES[Speedup])]
-    kinds = [("kernels", "scaled_mm", "mxfp4 accurate"), ("layers", "layer", "mxfp4"), ("layers", "layer", "nvfp4")]
+    layer = ("layers", "layer")
+    kinds = [(("kernels", "scaled_mm", "mxfp4 accurate"), "ours")]
+    kinds += [((*layer, "mxfp4"), "hadamard"), ((*layer, "mxfp4"), "ours"), ((*layer, "nvfp4"), "ours")]
     figure = figure2.draw()
-    wanted = [[ratios.get((*kind, *size), 0) for size in sizes] for kind in kinds]
+    wanted = [[ratios(record, contender).get((*kind, *size), 0) for size in SIZES] for kind, contender in kinds]
     assert list(bars(figure.axes[1]).values()) == wanted
     missing = sum(ratio == 0 for own in wanted for ratio in own)
     assert texts(figure).count("not measured") == missing
     said = " ".join(texts(figure))
     assert f"measured here: {record['environment']['gpu']}" in said
     assert "Different GPUs" in said
+
+
+def ratios(record: dict[str, Any], contender: str) -> dict[tuple[Any, ...], float]:
+    """Times as fast as BF16 of each line that has the contender."""
+    return {
+        (one["section"], one["name"], one["variant"], one["tokens"], one["out_features"], one["in_features"]):
+        one["timings"]["bf16"]["us"] / one["timings"][contender]["us"]
+        for one in record["measurements"] if {"bf16", contender} <= one["timings"].keys() and not one["failure"]
+    }  # fmt: skip
+
+
+def test_figure2_says_how_far_wush_is_behind_hadamard_where_both_were_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "on average: published 1.3%, ours " in " ".join(texts(figure2.draw()))
+    lines = []
+    for place, (m, n, k) in enumerate(SIZES[:3]):
+        timings = {"bf16": timing(30), "hadamard": timing(10), "ours": timing((10.0, 12.5, 20.0)[place])}
+        if place == 2:
+            del timings["hadamard"]
+        lines.append(Measurement("layers", "layer", "mxfp4", m, n, k, Work(1), timings=timings))
+    environment = {"date": "2026-01-01", "gpu": "a GPU", "compute_capability": "9.0"}
+    save(Record(environment, {"quick": False}, Ceilings(1, 1, 1), lines, finished=True), tmp_path / "a.json", [])
+    monkeypatch.setattr(figure2, "RESULTS", tmp_path)
+    figure = figure2.draw()
+    assert "on average: published 1.3%, ours 10.0%." in " ".join(texts(figure))
+    own = bars(figure.axes[1])
+    assert own["MXFP4 layer: Hadamard + quantize + matmul"][:4] == [3, 3, 0, 0]
+    assert own["MXFP4 layer: WUSH + quantize + matmul"][:4] == pytest.approx([3, 2.4, 1.5, 0])
+
+
+def timing(us: float) -> Timing:
+    return Timing(us, us, us, 1)
 
 
 def test_figure2_without_a_record_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +197,12 @@ def test_figures_7_to_10_show_each_published_mean_of_every_model() -> None:
     lines = cells(FILES[Platinum])
     assert tuple(dict.fromkeys(model for model, _ in shown)) == MODELS
     assert shown == {
-        (line["model"], " ".join(filter(None, (line["format"], line["algorithm"], line["transform"]))).upper()): [
-            f"{float(line[column]):.1f}" for column in ("average", *BENCHMARKS)
-        ]
+        (
+            line["model"],
+            " ".join(filter(None, (line["format"], line["algorithm"], line["transform"])))
+            .upper()
+            .replace("BF16", "ORIGINAL"),
+        ): [f"{float(line[column]):.1f}" for column in ("average", *BENCHMARKS)]
         for line in lines
     }
 

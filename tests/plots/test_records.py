@@ -1,16 +1,22 @@
 """What is read of result records, and what is said of those that cannot be used."""
 
 import json
+import math
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import plots.__main__ as command
 from plots import records as reading
+from plots.numbers import Number, difference, mean_of
 from plots.records import NoRecords, load
-from plots.settings import Number, by_key, select
+from plots.settings import Setting, by_key, method, select
+from plots.tables.table import ours
 from tests.plots.conftest import record, store
+from wush.intervals import Interval, of_runs
+from wush.version import METHOD_VERSION
 
 
 def test_a_store_and_a_folder_of_records_give_the_same_trials(tmp_path: Path) -> None:
@@ -23,7 +29,7 @@ def test_a_store_and_a_folder_of_records_give_the_same_trials(tmp_path: Path) ->
     assert len(found.trials) == 3
     assert [one.trial_id for one in found.trials] == [one.trial_id for one in load([tmp_path / "plain"]).trials]
     by_format = {(one.format, one.transform): one for one in found.trials}
-    assert by_format["bf16", None].baseline
+    assert by_format["original", None].baseline
     assert by_format["mxfp4", "wush"].blocks == (3,)
     assert not by_format["mxfp4", "wush"].whole
     assert by_format["mxfp4", "wush"].losses.of("mse")[3, "k_proj"] == pytest.approx(0.55)
@@ -106,8 +112,10 @@ def test_trials_that_differ_by_seed_alone_are_one_setting(tmp_path: Path) -> Non
     store(tmp_path, *(record(transform="r", seed=seed, kl=kl) for seed, kl in enumerate((0.1, 0.2, 0.3))))
     (setting,) = by_key(load([tmp_path]).trials, lambda trial: trial.format)["mxfp4"]
     assert setting.note == ""
-    found = setting.number(lambda trial: trial.metrics.kl)
-    assert (found.mean, found.std, found.runs) == (pytest.approx(0.2), pytest.approx(0.1), 3)
+    found = setting.metric("kl")
+    margin = 4.303 * 0.1 / 3**0.5  # Student's t of two degrees of freedom
+    assert (found.mean, found.std, found.runs) == (pytest.approx(0.2), None, 3)
+    assert found.ends == [[pytest.approx(margin, rel=1e-3)]] * 2
 
 
 def test_trials_that_differ_in_more_are_apart_and_say_how(tmp_path: Path) -> None:
@@ -127,10 +135,109 @@ def test_measuring_layer_losses_or_tasks_beside_makes_no_other_setting(tmp_path:
     assert len(by_key(trials, lambda trial: trial.format, by_tasks=True)["mxfp4"]) == 2
 
 
-def test_a_number_of_one_run_has_no_deviation() -> None:
+def test_what_the_seeds_of_an_evaluation_change_is_its_tasks_alone(tmp_path: Path) -> None:
+    made = [record(kls=[0.1, 0.2]), record(kls=[0.1, 0.2], evaluation="sampled", tasks={"one": [0.5]})]
+    made[1].config["evaluation"]["seeds"] = [0, 1]
+    trials = load([store(tmp_path, *made)]).trials
+    (setting,) = by_key(trials, lambda trial: trial.format)["mxfp4"]
+    assert len(setting.trials) == 1
+    assert len(by_key(trials, lambda trial: trial.format, by_tasks=True)["mxfp4"]) == 2
+
+
+def test_sampled_signs_are_draws_of_one_setting_which_canonical_ones_are_not(tmp_path: Path) -> None:
+    made = [record(kl=0.1 + 0.01 * (signs or 0)) for signs in (None, 1, 2, 3)]
+    for signs, one in zip((None, 1, 2, 3), made, strict=True):
+        one.config["transform"]["signs"] = signs
+        one.trial_id += str(signs)
+    settings = by_key(load([store(tmp_path, *made)]).trials, lambda trial: trial.format)["mxfp4"]
+    assert sorted(len(setting.trials) for setting in settings) == [1, 3]
+    (sampled,) = [setting for setting in settings if len(setting.trials) == 3]
+    assert "transform.signs=sampled" in sampled.note
+    assert sampled.metric("kl").runs == len(sampled.draws) == 3
+
+
+def test_the_unquantized_model_has_one_name_whatever_the_record_calls_it(tmp_path: Path) -> None:
+    trials = load([store(tmp_path, record("bf16"), record("original", seed=1))]).trials
+    assert {trial.format for trial in trials} == {"original"}
+    assert all(trial.baseline for trial in trials)
+
+
+def test_records_of_an_older_method_are_shown_as_such_and_never_beside_newer_ones(tmp_path: Path) -> None:
+    old = [record("mxfp4", name, version=1) for name in ("h", "i", "wush")]
+    found = load([store(tmp_path / "old", *old)])
+    assert all(trial.old for trial in found.trials)
+    assert "3 OLD, of version 1 of the method (today's: " in ours(found.trials)
+    newer = load([store(tmp_path / "new", *old, record("mxfp4", "wush", kl=0.2))])
+    selected = select(newer.trials)
+    assert [one[2] for one in selected.settings] == ["wush"]
+    assert selected.left_out == ("3 trials with method.version=1",)
+    notes = {setting.note for setting in by_key(newer.trials, method)["mxfp4", "rtn", "wush"]}
+    assert notes == {"method.version=1", f"method.version={METHOD_VERSION}"}
+
+
+def test_a_record_of_schema_4_is_read_with_what_it_has(tmp_path: Path) -> None:
+    content = json.loads(record(mse={3: 0.5}).model_dump_json())
+    for name in ("windows", "lost", "model_note", "method_version"):
+        del content[name]
+    for block in content["blocks"]:
+        error = block.pop("calibration")
+        block.pop("held_out")
+        block |= {"mse": error["mse"], "relative_mse": error["relative"]}
+        for layer in block["layers"]:
+            loss = layer["loss"]
+            layer["loss"] = {"predicted": loss["even"], **{name: loss[name] for name in ("mse", "relative", "bound")}}
+    del content["config"]["measure"]
+    (tmp_path / "one.json").write_text(json.dumps(content | {"schema_version": 4}))
+    (trial,) = load([tmp_path]).trials
+    assert trial.old
+    assert trial.windows is None
+    assert trial.losses_on == "held_out"
+    assert trial.losses.of("even")[3, "q_proj"] == 4.0
+    assert np.isnan(trial.losses.of("paper_fp")[3, "q_proj"])
+
+
+def test_a_number_of_one_run_has_no_interval() -> None:
     assert Number.of([]) is None
     assert Number.of([2.0]) == Number(2.0)
-    assert Number(2.0, 0.5, 3).scaled(10) == Number(20.0, 5.0, 3)
+    assert Number(2.0, 0.5, 3, Interval(1, 4)).scaled(10) == Number(20.0, 5.0, 3, Interval(10, 40))
+
+
+def pair(interval: Interval | None) -> tuple[float, float]:
+    assert interval
+    return interval.low, interval.high
+
+
+def test_a_metric_of_one_trial_has_the_interval_of_its_windows(tmp_path: Path) -> None:
+    (trial,) = load([store(tmp_path, record(kls=[0.1, 0.2, 0.3, 0.6]))]).trials
+    found = Setting((trial,)).metric("kl")
+    assert found.mean == pytest.approx(0.3)
+    assert pair(found.interval) == pytest.approx(pair(of_runs([0.1, 0.2, 0.3, 0.6])))
+
+
+def test_numbers_that_have_nothing_in_common_are_independent_in_a_difference() -> None:
+    a, b = Number(1.0, interval=Interval(0.7, 1.4)), Number(3.0, interval=Interval(2.6, 3.3))
+    assert difference(a, b) == Interval(
+        pytest.approx(2 - math.hypot(0.4, 0.4)), pytest.approx(2 + math.hypot(0.3, 0.3))
+    )
+    assert difference(a, Number(3.0)) is None
+    assert pair(difference(a, Number(3.0), exact=True)) == pytest.approx((1.6, 2.3))
+    assert difference(Number(1.0), Number(3.0), exact=True) is None
+
+
+def test_seeds_are_paired_where_both_have_the_same() -> None:
+    first, same, other = (Number.of(own) for own in ({0: 1.0, 1: 2.0}, {1: 3.0, 0: 2.0}, {0: 2.0, 2: 3.0}))
+    assert first
+    assert same
+    assert other
+    assert pair(difference(first, same)) == pytest.approx((1, 1))
+    assert pair(difference(first, other))[1] > 5
+
+
+def test_the_mean_of_tasks_has_an_interval_where_each_of_them_has() -> None:
+    own = [Number(1.0, interval=Interval(0.7, 1.4)), Number(3.0, interval=Interval(2.6, 3.3))]
+    assert pair(mean_of(own)) == pytest.approx((2 - 0.25, 2 + 0.25))
+    assert mean_of([*own, Number(1.0)]) is None
+    assert mean_of([]) is None
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks import hours
+from plots.numbers import Number
 from plots.platinum_tasks import PLATINUM
 from plots.records import Records, load
-from plots.settings import MODELS, Number
+from plots.settings import MODELS
 from plots.tables import render
 from plots.tables.calibration import table5
 from plots.tables.cost import table6
@@ -22,7 +23,8 @@ from plots.tables.layer_loss import table1
 from plots.tables.lm_eval import table2, table3
 from plots.tables.storage import READINGS, SHAPES, agreement, of_model, table7
 from plots.tables.table import Block, Cell, Column, Row, Table, block
-from tests.plots.conftest import record, store
+from tests.plots.conftest import answered, record, store
+from wush.intervals import Interval
 
 ALL = (table1, table2, table3, table4, table5, table6, table7)
 COLUMNS = [Column("KL", 2, lower_is_better=True), Column("acc_x", 1, lower_is_better=False, unit="%")]
@@ -31,7 +33,14 @@ COLUMNS = [Column("KL", 2, lower_is_better=True), Column("acc_x", 1, lower_is_be
 def small() -> Table:
     """Two methods and one that was not run, and a row of ours alone."""
     published = [
-        Row(("a_1",), (Cell(Number(0.2), Number(0.3)), Cell(Number(50.0), Number(40.0, 1.0, 3))), group="g"),
+        Row(
+            ("a_1",),
+            (
+                Cell(Number(0.2), Number(0.3)),
+                Cell(Number(50.0, 0.5), Number(40.0, runs=3, interval=Interval(39.0, 40.9))),
+            ),
+            group="g",
+        ),
         Row(("b",), (Cell(Number(0.1), Number(0.4)), Cell(Number(60.0), Number(45.0))), group="g"),
         Row(("c",), (Cell(Number(0.5)), Cell(Number(10.0))), group="g"),
     ]
@@ -45,8 +54,8 @@ def find(table: Table, *keys: str) -> tuple[Cell, ...]:
     return row.cells
 
 
-def own_block(table: Table) -> Block:
-    (found,) = [one for one in table.blocks if "not in the paper" in one.title]
+def own_block(table: Table, title: str = "") -> Block:
+    (found,) = [one for one in table.blocks if "not in the paper" in one.title and title in one.title]
     return found
 
 
@@ -74,7 +83,7 @@ def test_a_small_table_in_markdown() -> None:
         "| x | KL<br>published | KL<br>ours | KL<br>difference "
         "| acc_x (%)<br>published | acc_x (%)<br>ours | acc_x (%)<br>difference |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| a_1 | 0.20 | **0.30** | +0.10 | 50.0 | 40.0 ± 1.0 (n=3) | -10.0 |\n"
+        "| a_1 | 0.20 | **0.30** | +0.10 | 50.0 ± 0.5 | 40.0 ± 1.0 (n=3) | -10.0 |\n"
         "| b | **0.10** | 0.40 | +0.30 | **60.0** | **45.0** | -15.0 |\n"
         "| c | 0.50 | not run |  | 10.0 | not run |  |\n\n"
         "## not in the paper\n\n"
@@ -90,15 +99,16 @@ def test_a_small_table_in_latex() -> None:
     lines = render.latex(small(), "small").splitlines()
     assert r"\caption{Small \& big. From here, 100\%.}" in lines
     assert r"\label{tab:small}" in lines
-    assert r"a\_1 & 0.20 & \textbf{0.30} & +0.10 & 50.0 & 40.0 $\pm$ 1.0 (n=3) & -10.0 \\" in lines
+    assert r"a\_1 & 0.20 & \textbf{0.30} & +0.10 & 50.0 $\pm$ 0.5 & 40.0 $\pm$ 1.0 (n=3) & -10.0 \\" in lines
     assert r" & \multicolumn{3}{c}{KL} & \multicolumn{3}{c}{acc\_x (\%)} \\" in lines
 
 
 def test_a_cell_of_csv_is_one_number() -> None:
     lines = list(csv.reader(io.StringIO(render.as_csv(small()))))
-    assert lines[0][2:7] == ["KL published", "KL ours", "KL difference", "KL std of ours", "KL runs of ours"]
+    headers = ["published", "ours", "difference", "low of ours", "high of ours", "runs of ours"]
+    assert lines[0][2:8] == [f"KL {header}" for header in headers]
     assert lines[1][:2] == ["Small & big", "a_1"]
-    assert lines[1][7:] == ["50.0", "40.0", "-10.0", "1.0", "3"]
+    assert lines[1][8:] == ["50.0", "40.0", "-10.0", "39.0", "40.9", "3"]
     assert lines[3][3] == "not run"
     assert lines[4] == []
     assert lines[6][:4] == ["not in the paper", "d", "-", "0.90"]
@@ -164,10 +174,37 @@ def test_table1_takes_one_block_quantized_alone_and_the_mean_over_seeds(everythi
     cell = find(table, "mxfp4", "r")[0]
     assert cell.published == Number(7.61)
     assert cell.ours is not None
-    assert (cell.ours.mean, cell.ours.std, cell.ours.runs) == (pytest.approx(8.0), pytest.approx(1.0), 3)
+    margin = 4.303 / 3**0.5  # Student's t of two degrees of freedom
+    assert (cell.ours.mean, cell.ours.ends, cell.ours.runs) == (
+        pytest.approx(8.0),
+        [[pytest.approx(margin, rel=1e-3)]] * 2,
+        3,
+    )
     assert find(table, "mxfp4", "i")[0].ours is None
     assert [row.keys for row in own_block(table).rows] == [("smollm2_135m", "3", "nvfp4", "h")]
-    assert "| mxfp4 | r | 7.61 | 8.00 ± 1.00 (n=3) | +0.39 |" in render.markdown(table)
+    assert "| mxfp4 | r | 7.61 | 8.00 ± 2.48 (n=3) | +0.39 |" in render.markdown(table)
+
+
+def test_table1_has_both_readings_of_the_18th_block_and_says_what_was_measured_on_what(tmp_path: Path) -> None:
+    made = [
+        record("mxfp4", "wush", model="qwen3_8b", blocks=[index], mse={index: mse}, measured_on=on)
+        for index, mse, on in ((17, 0.003, "calibration"), (18, 0.004, "calibration"), (18, 0.005, "held_out"))
+    ]
+    small = record("mxfp4", "wush", blocks=[15], mse={15: 0.1}, measured_on="calibration")
+    table = table1(read(tmp_path, *made, small))
+    assert [one.title.partition("ours: ")[2] for one in table.blocks] == [
+        "block 17 counted from 0, on calibration tokens", "block 18 counted from 0, on calibration tokens",
+        "block 18 counted from 0, on held-out tokens", "",
+    ]  # fmt: skip
+    for one, value in zip(table.blocks, (3, 4, 5), strict=False):
+        (cell,) = [row.cells[0] for row in one.rows if row.keys == ("mxfp4", "wush")]
+        assert cell.ours
+        assert cell.ours.mean == pytest.approx(value)
+        assert len(one.rows) == 15
+    assert own_block(table).rows[0].extra == ("calibration tokens",)
+    assert {one.title.partition("ours: ")[2] for one in table1(Records()).blocks} == {
+        "block 18 counted from 0, on calibration tokens"
+    }
 
 
 def test_table2_maps_tasks_and_recovery_is_of_the_same_evaluation(tmp_path: Path) -> None:
@@ -191,7 +228,52 @@ def test_table2_maps_tasks_and_recovery_is_of_the_same_evaluation(tmp_path: Path
     (row,) = own_block(table).rows
     assert row.keys[3] == "wus"
     assert row.cells[0].published is None
-    assert find(table, "Llama-3.1-8B-Instruct", "bf16", "", "evaluation=openllm")[4].ours == Number(pytest.approx(80))
+    original = find(table, "Llama-3.1-8B-Instruct", "original", "", "evaluation=openllm")[4].ours
+    assert original
+    assert original.mean == pytest.approx(80)
+
+
+def test_rows_that_were_probably_carried_over_are_marked_and_mr_gptq_stands_in_its_own(tmp_path: Path) -> None:
+    model = "llama3_1_8b_instruct"
+    four = {"mmlu_cot": [0.6], "gsm8k_llama": [0.7], "hellaswag": [0.8], "winogrande": [0.5]}
+    made = [record("mxfp4", "h", name, model=model, tasks=four, evaluation="openllm") for name in ("gptq", "mr_gptq")]
+    table = table2(read(tmp_path, *made))
+    marked = {row.keys[1:4] for row in table.blocks[0].rows if row.extra == ("algorithm not stated",)}
+    assert marked == {
+        (fmt, algorithm, "h" if algorithm == "mr_gptq" else "")
+        for fmt in ("mxfp4", "nvfp4")
+        for algorithm in ("mr_gptq", "smoothquant", "quarot", "spinquant")
+    }
+    cell = find(table, "Llama-3.1-8B-Instruct", "mxfp4", "mr_gptq", "h")[4]
+    assert cell.published == Number(73.65)
+    assert cell.ours
+    assert [row.keys[2] for row in own_block(table, "methods").rows] == ["gptq"]
+    assert "algorithm not stated: the published recovery is that of arXiv 2509.23202" in " ".join(table.captions)
+    assert "not stated" not in render.markdown(table3(Records()))
+
+
+def test_a_single_run_of_tasks_has_the_intervals_of_its_documents(tmp_path: Path) -> None:
+    one, two = [1.0] * 30 + [0.0] * 10, [1.0] * 20 + [0.0] * 20
+    made = [record(name, "wush", evaluation="small") for name in ("original", "mxfp4")]
+    for trial, shift in zip(made, (0, 2), strict=True):
+        trial.tasks.update({"one": answered("one", one[shift:] + [0.0] * shift), "two": answered("two", two)})
+    rows = {row.keys[1]: row.cells for row in own_block(table2(read(tmp_path, *made))).rows}
+    task, _, average, recovery = (cell.ours for cell in rows["mxfp4"])
+    assert task
+    assert average
+    assert recovery
+    assert (task.mean, average.mean) == pytest.approx((70, 60))
+    assert task.interval
+    assert 54 < task.interval.low < 57
+    assert 81 < task.interval.high < 84
+    assert average.interval
+    assert average.interval.high - average.interval.low < task.interval.high - task.interval.low
+    # Of the original's 30 right answers 28 are left: the documents' own difficulty cancels.
+    assert recovery.mean == pytest.approx(100 * 60 / 62.5)
+    assert recovery.interval
+    assert 89 < recovery.interval.low < 92
+    assert 99 < recovery.interval.high <= 100.5
+    assert average.interval.high - average.interval.low > 15
 
 
 def test_small_models_have_their_own_tasks_and_sampled_ones_are_left_to_figure3(tmp_path: Path) -> None:

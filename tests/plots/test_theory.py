@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from plots import figure1, figure4, figure5
+import wush
+from plots import figure1, figure4, figure5, powers
 from plots.style import Absent
 from wush.models import LoadedModel, load_random
+from wush.transforms import Transform
 
 LINEAR = "self_attn.q_proj"
 
@@ -24,124 +26,99 @@ def layer(tiny: LoadedModel) -> figure5.Layer:
     return figure5.observe(tiny, 1, LINEAR)
 
 
-def spread(first: float, second: float, degrees: float) -> np.ndarray:
-    angle = math.radians(degrees)
-    axis = np.array([math.cos(angle), math.sin(angle)])
-    across = np.array([-axis[1], axis[0]])
-    return first * np.outer(axis, axis) + second * np.outer(across, across)
+FP = {"i": 1, "h": 1, "hu": 1, "whitening": 1, "wus": 1, "wush": 0.775}
+INT = {"i": 1, "h": 0.858, "hu": 0.761, "whitening": 0.923, "wus": 0.757, "wush": 0.671}
+# The spectrum of the release's toy, and others.
+SPREADS = [(1.0, 0.3), (1.0, 1.0), (3.0, 0.01)]
 
 
-def wush_transform() -> np.ndarray:
-    """Hd S^-1/2 U^T L^T of the damped moments, in numpy."""
-    m_x, m_w = spread(*figure1.ACTIVATIONS), spread(*figure1.WEIGHTS)
-    m_x, m_w = (m + 0.01 * np.trace(m) / 2 * np.eye(2) for m in (m_x, m_w))
-    lower = np.linalg.cholesky(m_w)
-    squares, vectors = np.linalg.eigh(lower.T @ m_x @ lower)
-    hadamard = np.array([[1, 1], [1, -1]]) / math.sqrt(2)
-    return hadamard @ np.diag(squares**-0.25) @ vectors.T @ lower.T
+def gaussian(points: int = 400_000) -> np.ndarray:
+    normal = np.random.default_rng(0).standard_normal((points, 2))
+    return normal @ np.linalg.cholesky(figure1.second_moment()).T
 
 
-def error_by_integration(transform: np.ndarray, levels: np.ndarray) -> float:
-    """E[e^T M_W e] of a Gaussian, by summing over a fine mesh instead of drawing points."""
-    m_x, m_w = spread(*figure1.ACTIVATIONS), spread(*figure1.WEIGHTS)
-    ticks = np.linspace(-6, 6, 1201)
-    normal = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
-    density = np.exp(-(normal**2).sum(1) / 2)
-    x = normal @ np.linalg.cholesky(m_x).T
-    t = x @ transform.T
-    nearest = levels[np.abs(t[..., None] - levels).argmin(-1)]
-    error = nearest @ np.linalg.inv(transform).T - x
-    return float((((error @ m_w) * error).sum(1) * density).sum() / density.sum())
+@pytest.fixture(params=SPREADS, ids=repr)
+def spectrum(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    monkeypatch.setattr(figure1, "SPECTRUM", request.param)
+    return request.param
 
 
-@pytest.mark.parametrize("name", ["i", "wush"])
-@pytest.mark.parametrize("kind", ["FP", "INT"])
-def test_expected_error_of_figure1_agrees_with_a_sum_over_a_mesh(kind: figure1.Kind, name: str) -> None:
-    transform = np.eye(2) if name == "i" else wush_transform()
-    rms = math.sqrt(np.trace(transform @ spread(*figure1.ACTIVATIONS) @ transform.T) / 2)
-    if kind == "FP":
-        positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-        levels = np.concatenate([-positive[:0:-1], positive]) * rms * figure1.FP_CLIP / 6
-    else:
-        levels = (np.arange(-8, 8) + 0.5) * rms * 2 * 2.513930578568423 / 15
-    drawn = figure1.Quantizer(figure1.transforms()[name], kind).expected_error()
-    assert drawn == pytest.approx(error_by_integration(transform, levels), rel=0.02)
+@pytest.mark.parametrize(("kind", "published"), [("FP", FP), ("INT", INT)])
+def test_expected_errors_of_figure1_are_those_of_the_noise_models(
+    kind: figure1.Kind, published: dict[str, float]
+) -> None:
+    assert figure1.expected_errors(kind) == pytest.approx(published, abs=5e-4)
+
+
+def test_in_floating_point_only_wush_changes_the_error_of_any_point(spectrum: tuple[float, float]) -> None:
+    errors = figure1.expected_errors("FP")
+    for name, transform in figure1.transforms().items():
+        change = figure1.change(figure1.Model(transform, "FP"), gaussian(1000))
+        if name == "wush":
+            assert errors[name] == pytest.approx(sum(spectrum) ** 2 / 2 / sum(s**2 for s in spectrum))
+            assert (np.abs(change).max() > 0.1) == (spectrum[0] != spectrum[1])
+        else:
+            assert errors[name] == pytest.approx(1)
+            np.testing.assert_allclose(change, 0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["FP", "INT"])
-def test_wush_has_the_least_expected_error_of_figure1(kind: figure1.Kind) -> None:
+def test_wush_has_the_least_expected_error_of_figure1(kind: figure1.Kind, spectrum: tuple[float, float]) -> None:
     errors = figure1.expected_errors(kind)
     assert errors["i"] == 1
-    assert min(errors, key=errors.__getitem__) == "wush"
-    assert sorted(errors.values())[1] > 1.05 * errors["wush"]
-
-
-def test_wush_gives_both_sides_one_second_moment_with_a_constant_diagonal() -> None:
-    transform = figure1.transforms()["wush"].numpy()
-    np.testing.assert_allclose(np.abs(transform), np.abs(wush_transform()), rtol=1e-9)
-    activations, weights = (
-        m + 0.01 * np.trace(m) / 2 * np.eye(2) for m in (spread(*figure1.ACTIVATIONS), spread(*figure1.WEIGHTS))
-    )
-    back = np.linalg.inv(transform)
-    np.testing.assert_allclose(transform @ activations @ transform.T, back.T @ weights @ back, rtol=1e-9)
-    diagonal = np.diag(transform @ activations @ transform.T)
-    assert diagonal[0] == pytest.approx(diagonal[1])
-
-
-def test_rotations_of_figure1_are_orthogonal_and_whitening_whitens() -> None:
-    for name in ("i", "h", "hu"):
-        matrix = figure1.transforms()[name].numpy()
-        np.testing.assert_allclose(matrix @ matrix.T, np.eye(2), atol=1e-12)
-    whitening = figure1.transforms()["whitening"].numpy()
-    np.testing.assert_allclose(whitening @ spread(*figure1.ACTIVATIONS) @ whitening.T, np.eye(2), atol=0.1)
+    assert errors["wush"] <= min(errors.values()) + 1e-12
 
 
 @pytest.mark.parametrize("name", figure1.LABELS)
 @pytest.mark.parametrize("kind", ["FP", "INT"])
-def test_error_zone_pulls_back_to_the_points_that_round_alike(kind: figure1.Kind, name: str) -> None:
-    quantizer = figure1.Quantizer(figure1.transforms()[name], kind)
-    x = np.array([0.8, -0.3])
-    cell = quantizer.cell(x)
-    zone = cell @ quantizer.back.T
-    sides = np.stack([zone[1] - zone[0], zone[3] - zone[0]])
-    area = np.prod(cell[2] - cell[0])
-    assert abs(np.linalg.det(sides)) == pytest.approx(area / abs(np.linalg.det(quantizer.forth)))
-    np.testing.assert_allclose(zone[0] + sides.sum(0), zone[2])
-    inside = zone[0] + np.random.default_rng(1).uniform(0.001, 0.999, (500, 2)) @ sides
-    value = quantizer.round_trip(x[None])[0]
-    np.testing.assert_allclose(quantizer.round_trip(inside), np.broadcast_to(value, inside.shape), atol=1e-9)
-    outside = zone[0] + np.array([[-0.01, 0.5], [1.01, 0.5], [0.5, -0.01], [0.5, 1.01]]) @ sides
-    assert (np.abs(quantizer.round_trip(outside) - value).max(1) > 1e-6).all()
+def test_the_expected_error_is_the_mean_of_the_points_errors(kind: figure1.Kind, name: str) -> None:
+    model = figure1.Model(figure1.transforms()[name], kind)
+    assert model.errors(gaussian()).mean() == pytest.approx(model.expected_error(), rel=5e-3)
 
 
+@pytest.mark.parametrize("name", figure1.LABELS)
 @pytest.mark.parametrize("kind", ["FP", "INT"])
-def test_local_error_is_the_mean_over_a_cell(kind: figure1.Kind) -> None:
-    quantizer = figure1.Quantizer(figure1.transforms()["wush"], kind)
-    x = np.array([[1.7, 0.2]])
-    zone = quantizer.cell(x[0]) @ quantizer.back.T
-    ticks = (np.arange(300) + 0.5) / 300
-    inside = zone[0] + np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2) @ (zone[[1, 3]] - zone[0])
-    error = quantizer.round_trip(inside) - inside
-    mean = ((error @ spread(*figure1.WEIGHTS)) * error).sum(1).mean()
-    assert quantizer.local_error(x)[0] == pytest.approx(mean, rel=1e-3)
+def test_a_points_error_is_that_of_noise_over_its_zone(kind: figure1.Kind, name: str) -> None:
+    model, point = figure1.Model(figure1.transforms()[name], kind), np.array([0.4, -0.7])
+    zone = model.zone(point)
+    ticks = (np.arange(400) + 0.5) / 400
+    inside = zone[0] + np.stack(np.meshgrid(ticks, ticks), -1).reshape(-1, 2) * (zone[2] - zone[0])
+    error = np.square((inside - point @ model.forth.T) @ model.back.T).sum(1).mean()
+    assert error == pytest.approx(model.errors(point[None])[0] * figure1.NOISE**2 / 3, rel=1e-4)
 
 
-def test_a_rotation_equalizes_marginals_but_not_the_joint_distribution() -> None:
-    plain, rotated, wush = (figure4.statistics(figure4.transformed(t)) for _, t in figure4.COLUMNS)
-    assert max(plain.kurtosis) > 2 * min(plain.kurtosis)
-    assert max(rotated.kurtosis) < 1.15 * min(rotated.kurtosis)
-    assert min(rotated.kurtosis) > 6  # far from a Gaussian's 3
-    assert abs(plain.square_correlation) < 0.05
-    assert rotated.square_correlation > 0.4
-    assert wush.square_correlation > 0.2
-    assert rotated.radial == pytest.approx(plain.radial, rel=1e-9)
+def test_the_transforms_of_figure1_are_those_of_the_library() -> None:
+    """One-sided with weights of second moment I: `T L^T = T`, up to what damping does and the signs of eigenvectors."""
+    weight = math.sqrt(2) * torch.eye(2, dtype=torch.float64)
+    inputs = wush.Inputs(torch.from_numpy(figure1.second_moment())[None])
+    known = {"i": wush.Identity(), "h": wush.Hadamard(), "hu": wush.Hu(), "wus": wush.Wus(), "wush": wush.Wush()}
+    for kind in ("FP", "INT"):
+        for name, transform in known.items():
+            fitted = transform.fit(weight, inputs).reshape(2, 2).numpy()
+            error = figure1.Model(fitted, kind).expected_error()
+            drawn = figure1.Model(figure1.transforms()[name], kind).expected_error()
+            assert error == pytest.approx(drawn, rel=5e-3), (kind, name)
 
 
-def test_statistics_of_a_gaussian_are_those_of_a_gaussian() -> None:
-    found = figure4.statistics(np.random.default_rng(0).standard_normal((200_000, 2)))
-    assert found.kurtosis == pytest.approx((3, 3), abs=0.05)
-    assert found.square_correlation == pytest.approx(0, abs=0.01)
-    assert found.radial == pytest.approx(2, abs=0.02)
+def test_a_rotation_equalizes_marginals_and_leaves_the_eigenvalues() -> None:
+    plain, rotated, balanced = (figure4.transformed(t) for _, t in figure4.COLUMNS)
+    np.testing.assert_allclose(rotated.eigenvalues, plain.eigenvalues, rtol=1e-12)
+    np.testing.assert_allclose(plain.eigenvalues, [0.099, 0.501], atol=5e-5)
+    np.testing.assert_allclose(np.diag(rotated.covariance), [0.32, 0.28])
+    assert plain.kurtosis > 4.3
+    assert rotated.kurtosis < 3.02
+    assert balanced.kurtosis == pytest.approx(3)
+    ratios = [found.eigenvalues[1] / found.eigenvalues[0] for found in (plain, balanced)]
+    assert ratios[1] == pytest.approx(math.sqrt(ratios[0]), rel=0.02)
+
+
+@pytest.mark.parametrize("transform", [t for _, t in figure4.COLUMNS], ids=lambda t: t.name)
+def test_marginal_densities_are_integrals_of_the_joint_one(transform: Transform) -> None:
+    found, ticks = figure4.transformed(transform), np.linspace(-8, 8, 1601)
+    density = found.joint(np.stack(np.meshgrid(ticks, ticks), axis=-1))
+    for coordinate in (0, 1):
+        expected = density.sum(coordinate) * (ticks[1] - ticks[0])
+        np.testing.assert_allclose(found.marginal(coordinate, ticks), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", figure5.TRANSFORMS)
@@ -172,7 +149,57 @@ def test_the_window_holds_the_largest_channel_and_whole_blocks() -> None:
         assert start <= channel < start + figure5.CHANNELS <= 576
 
 
-@pytest.fixture(params=["figure1", "figure4", "figure5"])
+def gaussian_layer(seed: int, tokens: int = 768) -> figure5.Layer:
+    """Of 64 channels that differ by a factor of 30 on either side, at other places; as many rows as tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(-0.75, 0.75, 64, dtype=torch.float64)[torch.randperm(64, generator=generator)]
+    inputs, weight = torch.randn(2, tokens, 64, generator=generator, dtype=torch.float64)
+    return figure5.Layer("a layer", weight * spread.flip(0), inputs * spread)
+
+
+@pytest.mark.parametrize("fmt", powers.FORMATS, ids=lambda fmt: fmt.name)
+def test_the_loss_against_the_power_is_symmetric_about_one_half_and_least_there(fmt: wush.Format) -> None:
+    layers = {str(seed): gaussian_layer(seed) for seed in range(3)}
+    found = powers.curves(layers, layers, fmt)
+    middle = powers.POWERS.index(0.5)
+    assert (found.measured[:, middle] == 1).all()
+    assert found.mean.argmin() == middle
+    assert (np.diff(found.mean) < 0).tolist() == [True] * middle + [False] * middle
+    np.testing.assert_allclose(found.mean, found.mean[::-1], rtol=0.1)
+    assert min(found.mean[0], found.mean[-1]) > 1.3
+    assert (found.predicted >= 1 - 1e-3).all()
+    np.testing.assert_allclose(found.predicted, found.predicted[:, ::-1], rtol=0.02)
+    np.testing.assert_allclose(found.mean, np.exp(np.log(found.predicted).mean(0)), rtol=0.15)
+    low, high = found.intervals
+    assert ((low <= found.mean) & (found.mean <= high)).all()
+
+
+def test_exchanging_weights_and_activations_reverses_the_curve() -> None:
+    layer = gaussian_layer(1)
+    other = figure5.Layer("exchanged", layer.inputs_mi, layer.weight_oi)
+    there, back = (powers.curves({"x": one}, {"x": one}, wush.NVFP4) for one in (layer, other))
+    np.testing.assert_allclose(there.measured, back.measured[:, ::-1], rtol=0.05)
+
+
+def test_a_power_of_one_is_hu_and_of_one_half_wush() -> None:
+    layer = gaussian_layer(2)
+    for power, transform in ((1.0, wush.Hu()), (0.5, wush.Wush())):
+        fitted = transform.fit(layer.weight_oi, layer.known)
+        own = wush.Wush(power=power).fit(layer.weight_oi, layer.known)
+        assert powers.loss(layer, own, wush.MXFP4) == pytest.approx(powers.loss(layer, fitted, wush.MXFP4), rel=1e-6)
+
+
+def test_the_powers_of_a_model_are_of_all_linears_of_its_block_and_held_out_tokens(tiny: LoadedModel) -> None:
+    figure = powers.draw(tiny, 0)
+    assert [axes.get_title() for axes in figure.axes] == ["MXFP4", "NVFP4", "INT4"]
+    assert all(len(axes.lines) == 7 + 2 for axes in figure.axes)
+    assert "the 7 linears of decoder block 0" in figure._supxlabel.get_text()  # type: ignore[attr-defined]
+    seen, held_out = (figure5.observe_block(tiny, 0, part=part) for part in ("calibration", "evaluation"))
+    assert not torch.equal(seen[LINEAR].inputs_mi, held_out[LINEAR].inputs_mi)
+    assert torch.equal(seen[LINEAR].weight_oi, held_out[LINEAR].weight_oi)
+
+
+@pytest.fixture(params=["figure1", "figure4", "figure5", "powers"])
 def drawings(request: pytest.FixtureRequest, tiny: LoadedModel) -> list[bytes]:
     found = []
     for _ in range(2):
@@ -180,6 +207,7 @@ def drawings(request: pytest.FixtureRequest, tiny: LoadedModel) -> list[bytes]:
             "figure1": figure1.draw,
             "figure4": figure4.draw,
             "figure5": lambda: figure5.draw(tiny, 1, LINEAR),
+            "powers": lambda: powers.draw(tiny, 1),
         }[request.param]()
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=50, metadata={"Software": None})

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import wush
+from wush.texts import PAD
 
 
 def model(architecture: str = "llama", **options: object) -> nn.Module:
@@ -90,3 +91,158 @@ def test_finite_logits_that_give_a_token_no_probability_are_an_error_too(generat
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(wush.UnsupportedModelError, match="no LM head"):
         wush.original_states(nn.Linear(2, 2), torch.zeros(1, 4, dtype=torch.long))
+
+
+# Sums by window
+
+
+def test_windows_sum_up_to_the_metrics(generator: torch.Generator) -> None:
+    original, ids = model(), windows(generator)
+    other = perturbed(original)
+    found = wush.evaluate(other, ids, wush.original_states(original, ids), batch_size=2)
+    sums = found.windows
+    assert sum(sums.predictions) == found.predictions
+    assert sums.predictions == [11] * 5
+    assert found.kl == pytest.approx(math.fsum(sums.kl) / 55, rel=1e-15)
+    assert found.top1 == sum(sums.agree) / 55
+    assert found.perplexity == pytest.approx(math.exp(math.fsum(sums.nll) / 55), rel=1e-15)
+    assert found.perplexity_original == pytest.approx(math.exp(math.fsum(sums.nll_original) / 55), rel=1e-15)
+    for row in range(5):
+        own = ids[row : row + 1]
+        alone = wush.evaluate(other, own, wush.original_states(original, own))
+        assert sums.kl[row] == pytest.approx(alone.kl * 11, rel=1e-4)
+        assert sums.nll[row] == pytest.approx(math.log(alone.perplexity) * 11, rel=1e-6)
+        assert sums.agree[row] == round(alone.top1 * 11)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_padding_enters_no_sum(batch_size: int, generator: torch.Generator) -> None:
+    """Windows of other lengths, in any order, give each its own sums."""
+    original, ids = model(), windows(generator)
+    other, lengths = perturbed(original), (12, 5, 12, 8, 5)
+    for row, length in enumerate(lengths):
+        ids[row, length:] = PAD
+    states = wush.original_states(original, ids, batch_size=batch_size)
+    assert states.shape == (5, 12, 32)
+    assert all(not states[row, length:].any() for row, length in enumerate(lengths))
+    sums = wush.evaluate(other, ids, states, batch_size=batch_size).windows
+    assert sums.predictions == [length - 1 for length in lengths]
+    for row, length in enumerate(lengths):
+        own = ids[row : row + 1, :length]
+        alone = wush.evaluate(other, own, wush.original_states(original, own)).windows
+        assert sums.kl[row] == pytest.approx(alone.kl[0], rel=1e-4)
+        assert sums.nll[row] == pytest.approx(alone.nll[0], rel=1e-6)
+        assert sums.nll_original[row] == pytest.approx(alone.nll_original[0], rel=1e-6)
+
+
+def test_no_windows_are_an_error(generator: torch.Generator) -> None:
+    with pytest.raises(ValueError, match="no windows to evaluate"):
+        wush.original_states(model(), windows(generator)[:0])
+
+
+def test_windows_that_the_model_cannot_take_are_refused_before_anything_runs(generator: torch.Generator) -> None:
+    original, ids = model(), windows(generator)
+    ran: list[object] = []
+    original.register_forward_pre_hook(lambda *_: ran.append(1))
+    ids[2, 3] = 67
+    with pytest.raises(ValueError, match=r"evaluation: token ids \d+ to 67, but the model's embeddings are 0 to 66"):
+        wush.original_states(original, ids)
+    learned = model("gpt2", n_positions=8, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="evaluation: windows of 12 tokens are longer than the 8 positions"):
+        wush.original_states(learned, windows(generator))
+    assert not ran
+
+
+# Logits of -inf
+
+
+class Masking(nn.Linear):
+    """A head that rules tokens out; `ruled_out` are their ids."""
+
+    ruled_out: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        logits[..., list(self.ruled_out)] = -torch.inf
+        return logits
+
+
+def masking(original: nn.Module, *ruled_out: int) -> nn.Module:
+    head = Masking(32, 67, bias=False)
+    head.weight, head.ruled_out = original.lm_head.weight, ruled_out
+    original.lm_head = head
+    return original
+
+
+def test_tokens_that_both_models_rule_out_count_as_nothing(generator: torch.Generator) -> None:
+    ids = windows(generator).clamp(max=59)
+    original = masking(model(), *range(60, 67))
+    other = perturbed(original)
+    found = wush.evaluate(other, ids, wush.original_states(original, ids))
+    with torch.no_grad():
+        p, q = (F.log_softmax(m(input_ids=ids).logits[:, :-1, :60].double(), -1) for m in (original, other))
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert found.kl > 0
+    itself = wush.evaluate(original, ids, wush.original_states(original, ids))
+    assert (itself.kl, itself.top1) == (0, 1)
+
+
+class _RulesOutMore:
+    """After the head, in the quantized half of the batch only."""
+
+    def __init__(self, half: slice, token: int, value: float = -torch.inf) -> None:
+        self.half, self.token, self.value = half, token, value
+
+    def __call__(self, _: nn.Module, __: object, logits: Tensor) -> None:
+        logits[self.half, 3, self.token] = self.value
+
+
+def joined_half(generator: torch.Generator, half: slice, token: int, value: float = -torch.inf) -> wush.Evaluation:
+    """Evaluate a model on two windows of token 1 to 59 with a logit of one half of the head's batch changed."""
+    original, ids = model(), windows(generator, 2).clamp(max=59)
+    states = wush.original_states(original, ids)
+    original.lm_head.register_forward_hook(_RulesOutMore(half, token, value))
+    return wush.evaluate(original, ids, states)
+
+
+def test_a_token_that_only_the_quantized_model_rules_out_is_an_error_that_says_so(generator: torch.Generator) -> None:
+    with pytest.raises(wush.NumericError, match=r"quantized model rules out token 64 at position 4 .* KL is infinite"):
+        joined_half(generator, slice(0, 2), 64)
+
+
+def test_a_token_that_only_the_original_rules_out_is_fine(generator: torch.Generator) -> None:
+    found = joined_half(generator, slice(2, 4), 64)
+    assert math.isfinite(found.kl)
+    assert found.kl > 0
+
+
+def test_a_token_of_the_text_that_the_original_rules_out_is_the_original_s_fault(generator: torch.Generator) -> None:
+    ids = windows(generator).clamp(max=59)
+    ids[3, 5] = 63
+    original = masking(model(), 63)
+    with pytest.raises(wush.NumericError, match=r"original model rules out token 63 of the text.*another|without it"):
+        wush.evaluate(original, ids, wush.original_states(original, ids))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_other_infinities_name_whose_they_are(value: float, generator: torch.Generator) -> None:
+    with pytest.raises(wush.NumericError, match="the original model's logits are not finite"):
+        joined_half(generator, slice(2, 4), 5, value)
+    with pytest.raises(wush.NumericError, match="the quantized model's logits are not finite"):
+        joined_half(generator, slice(0, 2), 5, value)
+
+
+def test_a_head_that_rules_tokens_out_is_not_blamed_for_another_module_s_nan(generator: torch.Generator) -> None:
+    ids = windows(generator).clamp(max=59)
+    original = masking(model(), *range(60, 67))
+    broken = copy.deepcopy(original)
+    broken.model.layers[1].mlp.down_proj.weight.data[0] = torch.nan
+    with pytest.raises(wush.NumericError, match=r"out of model\.layers\.1\.mlp\.down_proj;"):
+        wush.evaluate(broken, ids, wush.original_states(original, ids))
+
+
+def test_an_original_that_gives_the_text_no_probability_is_named(generator: torch.Generator) -> None:
+    ids, original = windows(generator), model()
+    original.lm_head.weight.data *= 1e6
+    with pytest.raises(wush.NumericError, match="the original model gives the text no probability"):
+        wush.evaluate(original, ids, wush.original_states(original, ids))

@@ -400,6 +400,17 @@ def test_files_that_cannot_be_read_are_refused_by_name(files: list[str], message
     assert message in error
 
 
+def test_files_that_are_not_here_without_network_are_an_error_that_says_how_to_get_them(
+    worker: Worker, offline: Worker
+) -> None:
+    given = node("calibration/c4", seed=13)
+    assert "ids" in worker.cut(given)
+    assert offline.cut(given)["ids"] == worker.cut(given)["ids"]
+    error = offline.cut({**given, "files": ["en/c4-train.00001-of-01024.json.gz"]})["error"]
+    assert "dataset allenai/c4: " in error
+    assert "run this once where there is network" in error
+
+
 def test_a_small_buffer_keeps_a_stream_near_its_order(worker: Worker) -> None:
     given = [long_documents("each", "streamed", windows=39, buffer=size) for size in (1, 1000)]
     near, far = ([int(page[1:4]) for page in rows_of(worker.cut(each))] for each in given)

@@ -1,8 +1,9 @@
 """Layer losses, measured and predicted, and walks over some of a model's decoder blocks."""
 
 import copy
+import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.wush.test_walk import Kept, quantize, tiny, tokens
 from wush.decoder import linear_inputs
 from wush.losses import theory
 from wush.moments import weight_moments
-from wush.transforms import Transform, inverse
+from wush.transforms import Transform, apply_blocks, inverse, transform_weight
 
 TRANSFORMS: list[Transform] = [
     wush.Identity(),
@@ -150,6 +151,112 @@ def test_predictions_follow_their_formula(generator: torch.Generator) -> None:
         for t, b, (m_x, m_w) in zip(smooth, back, sides, strict=True)
     )
     assert theory(weight, smooth, inputs.moments_ngg)[0].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_each_prediction_follows_its_formula_with_correlated_channels(generator: torch.Generator) -> None:
+    """The integer model against rounding's own expectation: of the drawn rows, and of many Gaussian tokens."""
+    mix = torch.randn(2, 64, 64, generator=generator, dtype=torch.float64)
+    weight, x = torch.randn(300, 64, generator=generator).double() @ mix[0], torch.randn(20_000, 64).double() @ mix[1]
+    moment = wush.SecondMoment(64, block_size=16)
+    moment.add(x)
+    inputs = moment.inputs(16)
+    for transform in (wush.Identity(), wush.Hadamard(), wush.Wus(), wush.Wush()):
+        fitted = transform.fit(weight, inputs)
+        even, paper_fp, paper_int, _ = theory(weight, fitted, inputs.moments_ngg).tolist()
+        sides = [apply_blocks(x, fitted), transform_weight(weight, fitted)]
+        groups = [side.unflatten(1, (-1, 16)) for side in sides]
+        powers = [side.square().mean(0) for side in groups]
+        assert even == pytest.approx((powers[0].sum(-1) @ powers[1].sum(-1) / 16).item(), rel=1e-5)
+        assert paper_fp == pytest.approx((powers[0] * powers[1]).sum().item(), rel=1e-5)
+        peaks = [side.abs().amax(-1).square().mean(0) for side in groups]
+        expected = (peaks[0] @ powers[1].sum(-1) + peaks[1] @ powers[0].sum(-1)) / 2
+        assert paper_int == pytest.approx(expected.item(), rel=0.03)
+
+
+def test_the_integer_prediction_is_the_same_at_each_call_and_scales_as_a_loss(generator: torch.Generator) -> None:
+    weight, inputs = known(generator)
+    fitted = wush.Wush().fit(weight, inputs)
+    predicted = theory(weight, fitted, inputs.moments_ngg)
+    assert torch.equal(theory(weight, fitted, inputs.moments_ngg), predicted)
+    torch.testing.assert_close(theory(3 * weight, fitted, 4 * inputs.moments_ngg), 36 * predicted)
+    torch.testing.assert_close(theory(weight, 5 * fitted, inputs.moments_ngg), predicted)
+    order = torch.randperm(len(weight), generator=generator)
+    torch.testing.assert_close(theory(weight[order], fitted, inputs.moments_ngg), predicted)
+
+
+def test_a_shared_transform_predicts_what_its_copies_do(generator: torch.Generator) -> None:
+    weight, inputs = known(generator)
+    rotation = wush.RandomRotation(1).fit(weight, inputs)
+    shared, copied = (theory(weight, one, inputs.moments_ngg) for one in (rotation, rotation.expand(2, -1, -1)))
+    torch.testing.assert_close(shared, copied)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A layer whose channels span `decades` on either side, at other places; `mixed` by a rotation of each group."""
+
+    decades: float
+    mixed: bool
+    heavy: bool
+
+    def sides(self, size: int, generator: torch.Generator) -> list[Tensor]:
+        """Inputs `(768, 2 size)` and a weight `(256, 2 size)`; `heavy` tails are products of two Gaussians."""
+        return [self._side(count, size, generator) for count in (768, 256)]
+
+    def _side(self, count: int, size: int, generator: torch.Generator) -> Tensor:
+        values = torch.randn(count, 2 * size, generator=generator, dtype=torch.float64)
+        if self.heavy:
+            values = values * torch.randn(count, 2 * size, generator=generator, dtype=torch.float64)
+        spread = torch.logspace(-self.decades / 2, self.decades / 2, 2 * size, dtype=torch.float64)
+        values = values * spread[torch.randperm(2 * size, generator=generator)]
+        if not self.mixed:
+            return values
+        turns = torch.linalg.qr(torch.randn(2, size, size, generator=generator, dtype=torch.float64))[0]
+        return apply_blocks(values, turns)
+
+
+SYNTHETIC = [Synthetic(*one) for one in itertools.product((1.5, 2, 2.5), (False, True), (False, True))]
+
+
+def logs_of_measured_over_predicted(fmt: wush.Format) -> dict[str, Tensor]:
+    """Of all synthetic layers under all transforms, by prediction, `(layers * transforms,)`."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    transforms = [one for one in TRANSFORMS if not isinstance(one, wush.SmoothQuant)]
+    for layer in SYNTHETIC:
+        x, weight = layer.sides(fmt.group_size, generator)
+        moment = wush.SecondMoment(x.shape[1], block_size=fmt.group_size)
+        moment.add(x)
+        inputs = moment.inputs(fmt.group_size)
+        for transform in transforms:
+            fitted = transform.fit(weight, inputs)
+            rounded = fmt.round_trip(transform_weight(weight, fitted))
+            mse = wush.layer_loss(x, weight, rounded, fitted, fmt) * (x @ weight.mT).square().mean()
+            rows.append(mse / theory(weight, fitted, inputs.moments_ngg)[:3])
+    return dict(zip(("even", "paper_fp", "paper_int"), torch.stack(rows).log().unbind(1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "holds", "within", "others"),
+    [
+        (wush.MXFP4, "paper_fp", 0.2, 0.25),
+        (wush.NVFP4, "even", 0.3, 0.4),
+        (wush.Int4(scale_rule="midrise"), "paper_int", 0.28, 0.38),
+    ],
+    ids=lambda one: getattr(one, "name", None),
+)
+def test_each_format_has_a_prediction_that_holds_on_synthetic_layers(
+    fmt: wush.Format, holds: str, within: float, others: float
+) -> None:
+    """By the root mean square of log(measured / predicted): a prediction is up to a factor of the format."""
+    spreads = {name: logs.std(correction=0).item() for name, logs in logs_of_measured_over_predicted(fmt).items()}
+    assert spreads.pop(holds) < within
+    assert min(spreads.values()) > others
+
+
+def test_the_integer_models_factor_is_that_of_uniform_noise() -> None:
+    """`2 E[eta^2] = 2 * 4^(1 - b) / 12` of b = 4 bits (equation 63), and more where the largest magnitudes vary."""
+    logs = logs_of_measured_over_predicted(wush.Int4(scale_rule="midrise"))["paper_int"]
+    assert 1 / 384 < logs.mean().exp().item() < 1.4 / 384
 
 
 def test_a_weight_of_fewer_rows_than_columns_has_a_bound_too(generator: torch.Generator) -> None:

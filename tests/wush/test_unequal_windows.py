@@ -74,3 +74,19 @@ def test_block_errors_count_each_token_once(windows: Tensor) -> None:
         wush.quantize(model, passes, format=wush.MXFP4, transform=wush.Hadamard(), algorithm=wush.Rtn(), report=report)
         reports.append([block.relative_mse for block in report.blocks])
     assert reports[0] == pytest.approx(reports[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_metrics_are_those_of_the_windows_one_by_one(architecture: str, size: int, windows: Tensor) -> None:
+    original = tiny(architecture)
+    model = copy.deepcopy(original)
+    wush.quantize(model, together(windows, 3), format=wush.MXFP4, transform=wush.Hadamard(), algorithm=wush.Rtn())
+    found = wush.evaluate(model, windows, wush.original_states(original, windows), batch_size=size)
+    singly = [wush.evaluate(model, ids, wush.original_states(original, ids)) for ids in alone(windows)]
+    assert found.predictions == sum(LENGTHS) - len(LENGTHS)
+    for metric in ("nll", "nll_original", "kl", "agree", "predictions"):
+        expected = [value for one in singly for value in getattr(one.windows, metric)]
+        assert getattr(found.windows, metric) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found.kl == pytest.approx(sum(one.kl * one.predictions for one in singly) / found.predictions, rel=1e-4)
+    assert found.kl > 0.01

@@ -1,7 +1,9 @@
 """Whole layers, transform + quantize + matmul through `QuantLinear`, against cuBLAS at the same shape.
 
-Every layer has a dense transform for each block, as WUSH fits them. Linears that share their input are measured
-joined and apart. BF16 is `nn.Linear`'s product; FP8 is `torch._scaled_mm` alone, its operands FP8 beforehand.
+Every layer has a dense transform for each block, as WUSH fits them; the contender `HADAMARD` is the same layer with
+one matrix for all blocks, timed in turns with it, so that their difference is not that of two runs. Linears that share
+their input are measured joined and apart. BF16 is `nn.Linear`'s product; FP8 is `torch._scaled_mm` alone, its operands
+FP8 beforehand.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ import wush
 from wush.backends import planned, use_kernels
 from wush_kernels.bench import operands
 from wush_kernels.bench.cases import Baselines, Case, Prepared, each, inputs_for
-from wush_kernels.bench.measurement import OURS, Errors, Rate, Work
+from wush_kernels.bench.measurement import HADAMARD, OURS, Errors, Rate, Work, worst
 from wush_kernels.bench.operands import FORMATS, FourBit
 from wush_kernels.bench.products import product_errors
 from wush_kernels.bench.shapes import TOKENS, LayerShape, layer_shapes
@@ -51,17 +53,17 @@ class Layers:
 
     @cached_property
     def copies(self) -> list[wush.QuantLinear]:
-        """Enough not to fit the cache, on the kernels that are chosen for this device."""
-        count, sizes = self.effort.copies(self.weight_bytes), (self.shape.out_features, self.shape.in_features)
-        matrix = operands.transform(self.format, self.shape.in_features)
-        layers = nn.ModuleList(operands.layer(self.format, *sizes, matrix) for _ in range(count))
-        use_kernels(layers, "auto", self.keep)
-        return list(layers)
+        """With a transform for each block; enough not to fit the cache, on the kernels chosen for this device."""
+        return self._made("block")
+
+    @cached_property
+    def hadamard(self) -> list[wush.QuantLinear]:
+        """As many, with one Hadamard matrix for all blocks."""
+        return self._made("shared")
 
     def errors(self, tokens: int) -> Errors:
-        """Of one of them on fresh inputs, against float64 of the reference's codes, at some of the features."""
-        layer, x = self.copies[0], operands.activations(tokens, self.shape.in_features)
-        return product_errors(layer(x), x, layer.packed_weight, layer.scales, self.format, layer.transform, LIMIT)
+        """The worse of one of each on fresh inputs, against float64 of the reference's codes, at some features."""
+        return worst(self._errors(*one, tokens) for one in (("WUSH", self.copies[0]), ("Hadamard", self.hadamard[0])))
 
     def work(self, tokens: int) -> Work:
         """Packed weights, scales and transforms, the input and the output in bfloat16, each moved once."""
@@ -70,13 +72,25 @@ class Layers:
         moved = self.weight_bytes + transforms + 2 * tokens * (sizes.in_features + sizes.out_features)
         return Work(moved, 2.0 * tokens * sizes.weights, RATES[self.format.name])
 
+    def _made(self, kind: str) -> list[wush.QuantLinear]:
+        count, sizes = self.effort.copies(self.weight_bytes), (self.shape.out_features, self.shape.in_features)
+        matrix = operands.transform(self.format, self.shape.in_features, kind)
+        layers = nn.ModuleList(operands.layer(self.format, *sizes, matrix) for _ in range(count))
+        use_kernels(layers, "auto", self.keep)
+        return list(layers)
+
+    def _errors(self, what: str, layer: wush.QuantLinear, tokens: int) -> Errors:
+        x = operands.activations(tokens, self.shape.in_features)
+        found = product_errors(layer(x), x, layer.packed_weight, layer.scales, self.format, layer.transform, LIMIT)
+        return replace(found, what=f"the layer with {what}")
+
 
 def _case(layers: Layers, tokens: int, baselines: Baselines) -> Case:
     def prepare() -> Prepared:
         inputs = inputs_for(len(layers.copies), tokens, layers.shape.in_features, layers.effort)
-        calls = each(_forward, inputs, layers.copies)
+        calls = {OURS: each(_forward, inputs, layers.copies), HADAMARD: each(_forward, inputs, layers.hadamard)}
         return Prepared(
-            {OURS: calls, **baselines.contenders(inputs)}, lambda: layers.errors(tokens), path(layers.copies[0], tokens)
+            {**calls, **baselines.contenders(inputs)}, lambda: layers.errors(tokens), path(layers.copies[0], tokens)
         )
 
     shape = layers.shape

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-OURS, BF16, FP8, ADDMM = "ours", "bf16", "fp8", "addmm"
+OURS, HADAMARD, BF16, FP8, ADDMM = "ours", "hadamard", "bf16", "fp8", "addmm"
 Rate = Literal["bf16", "fp8"]
 
 

@@ -4,6 +4,7 @@ A measurement that failed is shown as such in every table, never as a number.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,12 +13,13 @@ from rich.text import Text
 
 from wush_kernels.bench import promises
 from wush_kernels.bench.layers import NOT_KEPT
-from wush_kernels.bench.measurement import ADDMM, BF16, FP8, OURS, Measurement
+from wush_kernels.bench.measurement import ADDMM, BF16, FP8, HADAMARD, OURS, Measurement
 from wush_kernels.bench.record import Record
 from wush_kernels.bench.shapes import JOINED, MODELS
 
 WIDTH = 100
 MARKS = ("<!-- results -->", "<!-- /results -->")
+COMPARED_TOKENS = 1024  # as in the paper's Figure 2
 SHOWN = 20  # lines of a list; how many more there are is said
 VARIANTS = ("mxfp4", "nvfp4", NOT_KEPT)
 _STYLES = {"MISSED": "red", "FAILED": "bold red", "in part": "yellow", "not measured": "dim"}
@@ -73,6 +75,23 @@ def ratio_rows(record: Record, variant: str) -> dict[tuple[int, int], list[Measu
         if one.variant == variant:
             rows.setdefault((one.out_features, one.in_features), []).append(one)
     return rows
+
+
+def behind_hadamard(record: Record, variant: str) -> list[float]:
+    """How far each layer is behind the same with one Hadamard matrix, as a share of its speed, at `COMPARED_TOKENS`."""
+    own = [one for one in record.of("layers") if one.variant == variant and one.tokens == COMPARED_TOKENS]
+    found = [one.ratio(HADAMARD) for one in own if not one.failure]
+    return [1 - ratio for ratio in found if ratio is not None]
+
+
+def against_hadamard(record: Record) -> str:
+    """What a transform for each block costs against one Hadamard matrix, a sentence a format; empty if not measured."""
+    found = {variant: gaps for variant in VARIANTS[:2] if (gaps := behind_hadamard(record, variant))}
+    return " ".join(
+        f"{variant.upper()} layers with a transform for each block are {fmean(gaps):.1%} slower on average than with "
+        f"one Hadamard matrix for all, {min(gaps):.1%} to {max(gaps):.1%} (M = {COMPARED_TOKENS:,}, {len(gaps)} layers)."
+        for variant, gaps in found.items()
+    )
 
 
 def promised(record: Record) -> list[Table | Text]:
@@ -132,6 +151,7 @@ def summary(record: Record) -> list[Table | Text]:
     """What the run comes to: ratios by M, the model, the promises, failures."""
     tables = [*(ratios(record, variant) for variant in VARIANTS), model_table(record)]
     shown: list[Table | Text] = [table for table in tables if table]
+    shown += [Text(text) for text in [against_hadamard(record)] if text]
     shown += promised(record)
     failed = record.failed()
     if failed:
@@ -152,6 +172,7 @@ def markdown(record: Record) -> str:
         parts.append("Not met:\n\n" + "\n".join(missed))
     for variant in VARIANTS:
         parts += _markdown_ratios(record, variant)
+    parts += [text for text in [against_hadamard(record)] if text]
     if record.of("model"):
         cells = [_model_cells(one) for one in record.of("model")]
         parts.append(_markdown_table(["", "how", "blocks", "BF16 tokens/s", "MXFP4 tokens/s", "ratio"], cells))
