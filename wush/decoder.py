@@ -98,8 +98,7 @@ def check_windows(model: nn.Module, batches: Sequence[Tensor], what: str) -> Non
         if low < 0 or (total is not None and high >= total):
             known = f"are 0 to {total - 1}" if total else "start at 0"
             raise ValueError(
-                f"{what}: token ids {low} to {high}, but the model's embeddings {known}; use the tokenizer that belongs "
-                "to the model"
+                f"{what}: token ids {low} to {high}, but the model's embeddings {known}; use the model's own tokenizer"
             )
     config = getattr(model, "config", None)
     if config is not None:

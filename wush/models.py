@@ -58,6 +58,10 @@ def load_pretrained(path: str, dtype: Dtype, device: str, revision: str | None =
     with _readable(source):
         config, _ = PreTrainedConfig.get_config_dict(source, **options)
     _refuse_quantized(source, config)
+    if local and (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"model {path!r} holds an adapter (adapter_config.json); merge it into the weights and save that"
+        )
     if local:
         _refuse_packed(source, Path(source))
     loaded = _load(source, source, dtype, device, options)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -309,6 +310,8 @@ def _all_used(name: str, block: nn.Module, layers: Sequence[LayerReport]) -> Ite
         try:
             yield
         except (AttributeError, TypeError) as error:
+            if _raised_in(error).startswith("wush."):
+                raise  # by a quantized layer, in words
             raise UnsupportedModelError(
                 f"{name}: its forward needs an nn.Linear for more than to call it ({error}); leave that layer out with "
                 "quantize.exclude=[...]"
@@ -319,6 +322,12 @@ def _all_used(name: str, block: nn.Module, layers: Sequence[LayerReport]) -> Ite
             f"{name}: its forward goes on with the original {', '.join(unused)}, which it holds in another place (a "
             "list, a closure); leave it out with quantize.exclude=[...]"
         )
+
+
+def _raised_in(error: Exception) -> str:
+    """The name of the module whose code raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _bits_per_weight(layer: QuantLinear, own: int, sharing: int) -> float:

@@ -93,6 +93,30 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(gone: str, fold
         load_pretrained(rewritten(folder, lambda tensors: tensors.pop(gone)), "float32", "cpu")
 
 
+def sharded(folder: Path) -> dict[str, str]:
+    """The folder's weights in many files; which tensor is in which."""
+    model = load_pretrained(str(folder), "float32", "cpu").model
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_a_shard_that_is_not_there_is_refused_by_its_name(folder: Path) -> None:
+    shard = folder / sharded(folder)[DOWN]
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"model '{folder}' cannot be loaded: .*{shard.name}"):
+        load_pretrained(str(folder), "float32", "cpu")
+
+
+def test_a_shard_that_lacks_a_tensor_is_refused_by_the_tensors_name(folder: Path) -> None:
+    shard = folder / sharded(folder)[DOWN]
+    tensors = load_file(shard)
+    del tensors[DOWN]
+    save_file(tensors | {"kept": torch.zeros(1)}, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks {re.escape(DOWN)}; the checkpoint has kept, which"):
+        load_pretrained(str(folder), "float32", "cpu")
+
+
 def test_a_checkpoint_with_a_tensor_too_many_is_refused_by_its_name(folder: Path) -> None:
     path = rewritten(folder, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.bias": torch.zeros(32)}))
     with pytest.raises(ValueError, match=r"has model\.layers\.1\.mlp\.down_proj\.bias, which the model has not"):
@@ -161,6 +185,12 @@ def test_a_config_that_says_quantized_is_refused_before_weights_are_read(keys: d
 def test_a_file_that_says_quantized_is_refused(name: str, folder: Path) -> None:
     (folder / name).write_text("{}")
     with pytest.raises(ValueError, match=f"is quantized already .it has a {name}"):
+        load_pretrained(str(folder), "float32", "cpu")
+
+
+def test_a_folder_with_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=rf"model '{folder}' holds an adapter .*merge it"):
         load_pretrained(str(folder), "float32", "cpu")
 
 
