@@ -20,14 +20,15 @@ def one_line(error: BaseException) -> str:
 
 
 class _Warnings(logging.Handler):
-    """Keeps this project's own warnings; those of a tracker are not about the result."""
+    """Keeps this project's own warnings, each once; those of a tracker are not about the result."""
 
     def __init__(self, messages: list[str]) -> None:
         super().__init__(logging.WARNING)
         self.messages = messages
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.partition(".")[0] in ("wush", "experiments") and record.name != "experiments.tracking":
+        own = record.name.partition(".")[0] in ("wush", "experiments") and record.name != "experiments.tracking"
+        if own and record.getMessage() not in self.messages:
             self.messages.append(record.getMessage())
 
 

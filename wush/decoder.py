@@ -6,7 +6,7 @@ Shape legend: `B` windows in a batch, `M` tokens, `I` features.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,32 +76,34 @@ def check_positions(config: Any, window_length: int, what: str) -> None:
     limits = [value for name in names if isinstance(value := getattr(of_text, name, None), int) and value > 0]
     if not limits or window_length <= limits[0]:
         return
-    told = (
-        f"{what}: windows of {window_length} tokens are longer than the {limits[0]} positions of the model; set "
-        f"{what}.window_length={limits[0]} or less"
-    )
+    longer = f"{what}: windows of {window_length} tokens are longer than the {limits[0]} positions of the model"
+    remedy = f"set {what}.window_length={limits[0]} or less"
     # Computed for any position, unlike learned tables and such as are made at loading (`rotary_dim` of GPT-J).
     computed = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_emb_base", "alibi")
     if not any(getattr(of_text, name, None) for name in computed):
-        raise ValueError(told)
-    log.warning("%s: the model was not trained beyond them", told)
+        raise ValueError(f"{longer}; {remedy}")
+    log.warning("%s, which was not trained beyond them; %s", longer, remedy)
 
 
-def check_windows(model: nn.Module, ids: Tensor, what: str) -> None:
-    """Raise `ValueError` for token ids `(B, M)` that the model has no embedding or no position for."""
-    if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
-        raise ValueError(f"{what}: expected token ids (B, M), not {tuple(ids.shape)} of {ids.dtype}")
+def check_windows(model: nn.Module, batches: Sequence[Tensor], what: str) -> None:
+    """Raise `ValueError` for token ids, each `(B, M)`, that a model has no embedding or, as `check_positions`, no place
+    for; `what`: the windows' name in the config.
+    """
     table = getattr(model, "get_input_embeddings", lambda: None)()
     total = getattr(table, "num_embeddings", None)
-    low, high = (int(value) for value in ids.aminmax())
-    if low < 0 or (total is not None and high >= total):
-        raise ValueError(
-            f"{what}: token ids {low} to {high}, but the model's embeddings are 0 to {total - 1 if total else '?'}; "
-            "use the tokenizer that belongs to the model"
-        )
+    for ids in batches:
+        if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
+            raise ValueError(f"{what}: expected token ids (B, M), not {tuple(ids.shape)} of {ids.dtype}")
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or (total is not None and high >= total):
+            known = f"are 0 to {total - 1}" if total else "start at 0"
+            raise ValueError(
+                f"{what}: token ids {low} to {high}, but the model's embeddings {known}; use the tokenizer that belongs "
+                "to the model"
+            )
     config = getattr(model, "config", None)
     if config is not None:
-        check_positions(config, ids.shape[1], what)
+        check_positions(config, max(ids.shape[1] for ids in batches), what)
 
 
 @torch.no_grad()
@@ -112,15 +114,17 @@ def follow(model: nn.Module, blocks: nn.ModuleList, input_ids: Tensor) -> Route:
     returned, with arguments that do not depend on the blocks' work, and each block alone returns the same again.
     """
     first = input_ids[:1, :FOLLOWED]
-    runs = [_observed(model, blocks, ids) for ids in (first, first.flip(1))]
+    second = first.flip(1)
+    second[:, ::2] = first[:, :1]  # other tokens, too: else means over tokens were those of the first window
+    runs = [_observed(model, blocks, ids) for ids in (first, second)]
     route = Route(runs[0].returned)
-    for run, ids in zip(runs, (first, first.flip(1)), strict=True):
+    for run, ids in zip(runs, (first, second), strict=True):
         recorded = record_calls(model, blocks, ids, route)
         if not alike(run.hidden.cpu(), recorded.hidden):
             raise _unfollowed(model, "a hook changes what decoder block 0 is fed")
         for index, (own, other) in enumerate(zip(run.arguments, recorded.arguments, strict=True)):
             if own.hidden != other.hidden or not alike((own.args, own.kwargs), (other.args, other.kwargs)):
-                raise _unfollowed(model, f"decoder block {index} is called with what the blocks before it computed")
+                raise _unfollowed(model, f"decoder block {index} is called with what other blocks compute")
     # In the walk's order, block by block: what a block keeps for the next one is then of another window.
     for index, block in enumerate(blocks):
         for run in runs:
@@ -163,12 +167,13 @@ def linear_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, list
     Raises `UnsupportedModelError` on closing for an input that the block has overwritten since.
     """
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    versions: dict[str, list[int]] = {name: [] for name in names}
+    versions: list[tuple[str, Tensor, int]] = []
 
     def keep(name: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         x = args[0] if args else kwargs["input"]
         seen[name].append(x)
-        versions[name].append(0 if x.is_inference() else x._version)
+        if not x.is_inference():
+            versions.append((name, x, x._version))
 
     handles = [
         block.get_submodule(name).register_forward_pre_hook(
@@ -178,10 +183,8 @@ def linear_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, list
     ]
     try:
         yield seen
-        for name in names:
-            if any(
-                not x.is_inference() and x._version != was for x, was in zip(seen[name], versions[name], strict=True)
-            ):
+        for name, x, version in versions:
+            if x._version != version:
                 raise UnsupportedModelError(f"{name}: its input is overwritten in place before the block is done")
     finally:
         for handle in handles:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wush.backends import flushed_groups
+from wush.decoder import check_windows
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.lost import Lost, counting, warn
 from wush.modes import in_evaluation_mode
+from wush.plain import check_plain
 from wush.progress import Progress, Silent
 from wush.texts import Batch, batches
 from wush.transforms import apply_blocks
@@ -65,8 +67,12 @@ def original_states(
 ) -> Tensor:
     """What the LM head is fed for each of the windows `(W, M)`: `(W, M, D)` on the CPU, in the model's dtype.
 
-    Behind the end of a shorter window, which is filled with `wush.texts.PAD`, the states are zero.
+    Behind the end of a shorter window, which is filled with `wush.texts.PAD`, the states are zero. Raises, before
+    anything runs, `UnsupportedModelError` for a model that others quantized or offloaded, and `ValueError` for windows
+    that the model has no tokens or positions for.
     """
+    check_plain(model)
+    _check_windows(model, windows)
     head, device = _lm_head(model), _device(model)
     seen: list[Tensor] = []
     found: Tensor | None = None
@@ -80,8 +86,7 @@ def original_states(
             found[batch.rows, : batch.ids.shape[1]] = states
     finally:
         handle.remove()
-    if found is None:
-        raise ValueError("no windows to evaluate on; pass token ids (W, M)")
+    assert found is not None
     if not found.isfinite().all():
         raise NumericError("the original model's last hidden states are not finite; its weights are damaged")
     return found
@@ -104,6 +109,7 @@ def evaluate(
     `NumericError` for other logits that are not finite, which names whose they are and where they come from. Warns of
     activations that a format's window lost, or that lost bits as FP8.
     """
+    _check_windows(model, windows)
     flushed = flushed_groups(_device(model))
     sums: list[_Window | None] = [None] * len(windows)
     with counting(model) as count:
@@ -264,6 +270,12 @@ def _lm_head(model: nn.Module) -> nn.Module:
     if head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no LM head; load it with AutoModelForCausalLM")
     return head
+
+
+def _check_windows(model: nn.Module, windows: Tensor) -> None:
+    if not len(windows):
+        raise ValueError("no windows to evaluate on; pass token ids (W, M)")
+    check_windows(model, [batch.ids for batch in batches(windows, len(windows))], "evaluation")
 
 
 def _tracked(windows: Tensor, size: int, what: str, progress: Progress | None) -> Iterator[Batch]:

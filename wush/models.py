@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from wush.plain import check_plain, is_packed
 from wush.stored import tensors_of
@@ -62,7 +62,9 @@ def load_pretrained(path: str, dtype: Dtype, device: str, revision: str | None =
         _refuse_packed(source, Path(source))
     loaded = _load(source, source, dtype, device, options)
     if not local:
-        _refuse_packed(source, Path(cached_file(source, "config.json", **options)).parent)
+        config_file = cached_file(source, "config.json", **options)
+        assert config_file is not None
+        _refuse_packed(source, Path(config_file).parent)
     return loaded
 
 
@@ -144,7 +146,7 @@ def _load(
     """The model and tokenizer of a folder, complete; `unpacked`: how to read a file of packed weights."""
     with _readable(what):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
@@ -152,6 +154,7 @@ def _load(
             **options,
             **(unpacked or {}),
         )
+    model, loading = found
     _refuse_incomplete(what, loading)
     check_plain(model)
     return LoadedModel(_ready(model, device), tokenizer)
@@ -163,7 +166,8 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each file format and the hub client raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         raise ValueError(
             f"model {what!r} cannot be loaded: {reason}; check the path, the hub access (HF_TOKEN for gated models) "
             "and that no file is damaged"

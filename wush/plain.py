@@ -3,7 +3,7 @@
 What others have quantized, offloaded or adapted is no original to compare with: it is refused in words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,22 @@ from torch.nn.utils import parametrize
 from wush.errors import UnsupportedModelError
 
 # Tensors that libraries keep beside, or instead of, a weight that they have quantized.
-PACKED = frozenset(
-    "qweight qzeros absmax quant_map SCB SCBt weight_packed weight_scale weight_scale_inv weight_scale_2 "
-    "weight_global_scale weight_zero_point weight_shape weight_g_idx".split()
-)
+PACKED = {
+    "qweight",
+    "qzeros",
+    "absmax",
+    "quant_map",
+    "SCB",
+    "SCBt",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_global_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+}
 PACKED_ENDINGS = ("_packed", "_scale_inv", "_weight_scale", "_zero_point", "proj_blocks", "proj_scales")
 # What of these libraries modules carry without a tensor.
 PACKED_ATTRIBUTES = ("quantization_scheme", "quant_state", "_packed_params")
@@ -58,7 +70,7 @@ def why_no_plain_linear(linear: nn.Linear) -> str:
     return f"it holds {', '.join(more)} besides its weight and bias" if more else ""
 
 
-def _hooks(module: nn.Module) -> Iterator[dict[int, object]]:
+def _hooks(module: nn.Module) -> Iterator[Mapping[int, object]]:
     yield module._forward_hooks
     yield module._forward_pre_hooks
 
@@ -83,7 +95,7 @@ def _why_not_in_memory(module: nn.Module) -> str:
 def _why_adapted(module: nn.Module) -> str:
     # The convention of PEFT, which computes with more of the linear than its output.
     if isinstance(getattr(module, "base_layer", None), nn.Module) or getattr(module, "_hf_peft_config_loaded", False):
-        return f"is a {type(module).__name__} with an adapter; merge it into the weights first (merge_and_unload)"
+        return "has an adapter; merge it into the weights first (merge_and_unload)"
     return ""
 
 

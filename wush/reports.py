@@ -54,7 +54,7 @@ class QuantizationReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Average over all weights of the decoder blocks: codes, scales and transforms counted, 16 for one left whole."""
+        """Average over the decoder blocks' weights: codes, scales and transforms counted, 16 for one left whole."""
         stored = sum(layer.bits_per_weight * layer.weights for layer in self._layers)
         return (stored + WHOLE * (self.weights - self._quantized)) / self.weights
 

@@ -8,15 +8,16 @@ from wush.errors import UnsupportedModelError
 
 
 def refuse_saving(model: nn.Module) -> None:
-    """From now on a model and its parts refuse `save_pretrained`, and so `push_to_hub`; copies and pickles do so too."""
+    """From now on a model and its parts refuse `save_pretrained` and `push_to_hub`; copies and pickles do so too."""
     for module in model.modules():
-        if hasattr(type(module), "save_pretrained"):
-            # Not bound to the module: a cycle would keep its memory, and a pickled method is the class's again.
-            module.save_pretrained = _refuse
+        for name in ("save_pretrained", "push_to_hub"):  # the latter makes a repository before it saves
+            if hasattr(type(module), name):
+                # Not bound to the module: a cycle would keep its memory, and a pickled method is the class's again.
+                setattr(module, name, _refuse)
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise UnsupportedModelError(
-        "the model was quantized by wush, in whole or in part, and nothing could load what save_pretrained writes; "
+        "the model was quantized by wush, in whole or in part, and nothing could load what it would write; "
         "keep it with torch.save(model, path), or load the original again"
     )

@@ -21,7 +21,7 @@ def tensors_of(path: Path) -> list[Stored]:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= HEADER_LIMIT else None
+            header = json.loads(file.read(size) if size <= HEADER_LIMIT else b"")
         return [
             Stored(name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()

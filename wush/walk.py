@@ -186,8 +186,7 @@ def _record_batches(
     """What the blocks are called with for each batch, every one of which is checked before the first runs."""
     if not len(batches):
         raise ValueError(f"no {what} batches; pass at least one tensor of token ids (B, M)")
-    for batch in batches:
-        check_windows(model, batch, what)
+    check_windows(model, batches, what)
     device = next(blocks.parameters()).device
     route = follow(model, blocks, batches[0].to(device))
     tracked = progress.track(batches, f"{what} batches", len(batches))
@@ -292,7 +291,7 @@ def _with_input_scales(
         with linear_inputs(block, names) as seen:
             run_block(block, call.hidden.to(device), call.arguments[index])
         for n, (linear, weights) in enumerate(zip(names, results, strict=True)):
-            for x in seen[linear]:
+            for x in filter(Tensor.numel, seen[linear]):
                 for transform in {id(weight.transform): weight.transform for weight in weights}.values():
                     key, peak = (n, id(transform)), transformed(x, transform).abs().amax()
                     peaks[key] = torch.maximum(peaks[key], peak) if key in peaks else peak

@@ -140,6 +140,19 @@ def test_no_windows_are_an_error(generator: torch.Generator) -> None:
         wush.original_states(model(), windows(generator)[:0])
 
 
+def test_windows_that_the_model_cannot_take_are_refused_before_anything_runs(generator: torch.Generator) -> None:
+    original, ids = model(), windows(generator)
+    ran: list[object] = []
+    original.register_forward_pre_hook(lambda *_: ran.append(1))
+    ids[2, 3] = 67
+    with pytest.raises(ValueError, match=r"evaluation: token ids \d+ to 67, but the model's embeddings are 0 to 66"):
+        wush.original_states(original, ids)
+    learned = model("gpt2", n_positions=8, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="evaluation: windows of 12 tokens are longer than the 8 positions"):
+        wush.original_states(learned, windows(generator))
+    assert not ran
+
+
 # Logits of -inf
 
 
