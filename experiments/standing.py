@@ -13,8 +13,9 @@ from experiments.store import ResultStore
 from experiments.sweep import Sweep
 from experiments.trial import Trial
 from experiments.views.display import duration
+from wush.version import METHOD_VERSION
 
-State = Literal["queued", "running", "done", "failed", "stopped"]
+State = Literal["queued", "running", "done", "old", "failed", "stopped"]
 RETRY = "retry goes on from what is saved"
 # SLURM's words for jobs that wait, run, or are about to.
 ALIVE = (
@@ -173,9 +174,12 @@ def _progress(attempt: Attempt) -> str:
 
 
 def _done(own: dict[str, Any], result: Result) -> Status:
+    made = f"made by version {result.method_version} of the method, and this is {METHOD_VERSION}" if result.old else ""
     return Status(
         **own,
-        state="done",
+        state="old" if result.old else "done",
+        reason=made,
+        advice="start the sweep anew for today's numbers" if result.old else "",
         host=result.host,
         seconds=result.seconds,
         interruptions=result.attempts - 1,

@@ -17,8 +17,9 @@ from rich.text import Text
 from experiments.standing import State, Status
 from experiments.views.display import duration
 
-ORDER: tuple[State, ...] = ("running", "failed", "stopped", "queued", "done")
-STYLES: dict[State, str] = {"running": "cyan", "failed": "red", "stopped": "yellow", "queued": "dim", "done": "green"}
+ORDER: tuple[State, ...] = ("running", "failed", "stopped", "old", "queued", "done")
+STYLES: dict[State, str] = {"running": "cyan", "failed": "red", "stopped": "yellow", "old": "yellow"}
+STYLES |= {"queued": "dim", "done": "green"}
 COLUMNS = ("trial", "", "state", "where", "time", "left", "KL", "restarts")
 ALWAYS = ("trial", "", "state")
 ROWS_SHOWN = 40

@@ -93,11 +93,11 @@ def facts(record: Record) -> dict[str, str]:
     lost = {text: sum(one.clipped + one.flushed for one in own.values()) for text, own in record.lost.items()}
     return {
         "KL": f"{told('kl', 4)} nats",
-        "Perplexity": f"{told('perplexity', 4)}, original {metrics.perplexity_original:.4f}",
-        "Top-1": f"{told('top1', 2, 100)}%",
-        "Measured": f"{metrics.predictions:,} predictions" + (f" in {windows:,} windows" if windows else ""),
-        "Bits/weight": f"{metrics.bits_per_weight:.3f}" + (f", {share} of the weights quantized" if share else ""),
-        **({"Original": record.model_note} if record.model_note else {}),
-        **{f"Lost, {text}": f"{count:,} groups outside the format's window" for text, count in lost.items() if count},
-        "Method": f"version {record.method_version}" + (" (old)" if result.old else ""),
+        "perplexity": f"{told('perplexity', 4)}, original {metrics.perplexity_original:.4f}",
+        "top-1": f"{told('top1', 2, 100)}%",
+        "predictions": f"{metrics.predictions:,}" + (f" in {windows:,} windows" if windows else ""),
+        "bits a weight": f"{metrics.bits_per_weight:.3f}" + (f", {share} of the weights quantized" if share else ""),
+        **({"original": record.model_note} if record.model_note else {}),
+        **{f"lost, {text}": f"{count:,} groups outside the format's window" for text, count in lost.items() if count},
+        "method": f"version {record.method_version}" + (" (old)" if result.old else ""),
     }

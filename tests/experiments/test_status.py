@@ -1,13 +1,17 @@
 """The status table: what a tired researcher sees at a glance."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from experiments.standing import Status
+from experiments.records import Result
+from experiments.standing import Status, _done
 from experiments.views import status as view
+from tests.experiments.test_store import record
+from wush.version import METHOD_VERSION
 
 LABELS = {"model": "tiny", "format": "mxfp4", "transform": "r", "algorithm": "rtn"}
 
@@ -70,3 +74,14 @@ def test_the_time_left_is_that_of_trials_like_those_done(
 def test_a_sweep_without_trials_is_shown_and_over() -> None:
     assert "0 of 0 trials done" in drawn()
     assert view.is_over([])
+
+
+def test_a_record_of_an_earlier_method_is_shown_as_old_and_does_not_count_as_done() -> None:
+    kept = Result.of(record("a1"))
+    own = {"trial_id": "a1", "name": "trial", "labels": LABELS}
+    done, old = (_done(own, replace(kept, method_version=METHOD_VERSION - past)) for past in (0, 1))
+    assert (done.state, old.state) == ("done", "old")
+    text = drawn(done, old, width=120)
+    assert "1 of 2 trials done, 1 old" in text
+    assert f"made by version {METHOD_VERSION - 1} of the method" in text
+    assert view.is_over([done, old])
