@@ -28,6 +28,7 @@ BASELINE = "original"
 BASELINES = (BASELINE, "bf16")  # and what old records and the paper call it
 NEUTRAL = ("batch_size", "layer_loss")  # keys of a config that change no result
 SEEDS = ("seed", "seeds", "signs")  # keys by which runs of one setting differ
+RULES = {"mxfp4": "paper", "nvfp4": "fixed", "int4": "rms", "mxfp8": "ocp"}  # of a format that is named alone
 NAMED = 3  # files that a note names; of more it gives the number
 LOSSES = ("mse", "relative", "even", "paper_fp", "paper_int", "bound")
 
@@ -190,8 +191,8 @@ def _files(folder: Path) -> list[Path]:
 def _light(record: Record) -> Trial:
     """Raises `ValueError` for a number that is not finite."""
     config, choices = record.config, dict(record.choices)
-    if choices.get("format") in BASELINES:
-        choices["format"] = BASELINE
+    if "format" in choices:
+        choices["format"] = _format(choices["format"], config)
     parts = [part for part in PARTS if part in choices]
     restricted = config.get("quantize", {}).get("blocks")
     _check_finite(record.tasks)
@@ -218,6 +219,14 @@ def _light(record: Record) -> Trial:
         method_version=record.method_version,
         finished_at=record.finished_at,
     )
+
+
+def _format(chosen: str, config: dict[str, Any]) -> str:
+    """The option; with a scale rule other than its own it is another format, which no number of the option's is of."""
+    if chosen in BASELINES:
+        return BASELINE
+    rule = (config.get("format") or {}).get("scale_rule")
+    return chosen if rule in (None, RULES.get(chosen)) else f"{chosen} {rule}"
 
 
 def _losses(record: Record) -> Losses:

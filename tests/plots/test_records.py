@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import plots.__main__ as command
+import wush
 from plots import records as reading
 from plots.numbers import Number, difference, mean_of
-from plots.records import NoRecords, load
+from plots.records import RULES, NoRecords, load
 from plots.settings import Setting, by_key, method, select
 from plots.tables.table import ours
 from tests.plots.conftest import record, store
@@ -262,3 +263,16 @@ def test_trials_left_out_say_in_what_they_differ(tmp_path: Path) -> None:
     made = [record(transform=name) for name in ("h", "wush")]
     found = select(load([store(tmp_path, *made, record(windows=64), record(windows=64, seed=1))]).trials)
     assert found.left_out == ("2 trials with calibration.windows=64",)
+
+
+def test_a_format_with_another_scale_rule_is_another_format(tmp_path: Path) -> None:
+    made = []
+    for seed, rule in enumerate(("rms", "midrise", "absmax")):
+        one = record("int4", seed=seed)
+        one.config["format"]["scale_rule"] = rule
+        made.append(one)
+    assert {one.format for one in load([store(tmp_path, *made)]).trials} == {"int4", "int4 midrise", "int4 absmax"}
+
+
+def test_formats_named_alone_have_their_own_scale_rules() -> None:
+    assert {one.name: one.scale_rule for one in (wush.MXFP4, wush.NVFP4, wush.INT4, wush.MXFP8)} == RULES
