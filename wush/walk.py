@@ -89,8 +89,10 @@ def quantize(
     as `*.down_proj`. `blocks`: the decoder blocks to quantize, counted from 0, or all. `report` is filled in with each
     block as it is done, and `on_block` called. Blocks that `saved` has are restored, and each new one is given to it:
     the result is the same, bit for bit. `settings`: what quantized layers may run on. The model is in evaluation mode
-    meanwhile. Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes
-    nothing or a block that is not there; `UnsupportedModelError`; `NumericError` that names the layer.
+    meanwhile, and refuses to be saved as another afterwards. Linears that do something else besides stay as they are.
+    Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes nothing, a
+    block that is not there, or tokens that the model cannot take; `UnsupportedModelError` for a model that is no plain
+    one in memory or whose blocks are no row that each token passes once; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wush.models import load_packaged_gguf, load_pretrained, load_random
-from wush.stored import Stored, tensors_of
+from wush.stored import Stored, tensors_of, tensors_of_gguf
 
 
 @pytest.fixture
@@ -311,3 +311,19 @@ def test_a_damaged_header_names_the_file(content: bytes, tmp_path: Path) -> None
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.safetensors is no safetensors file, or damaged"):
         tensors_of(tmp_path / "a.safetensors")
+
+
+def test_a_gguf_file_is_listed_as_its_own_package_does(tmp_path: Path) -> None:
+    gguf(tmp_path / "a.gguf", Q4_1, "ffn")
+    expected = [
+        Stored(tensor.name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)))
+        for tensor in GGUFReader(tmp_path / "a.gguf").tensors
+    ]
+    assert tensors_of_gguf(tmp_path / "a.gguf") == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGML" + bytes(40), b"GGUF" + b"\xff" * 40])
+def test_a_damaged_gguf_header_names_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.gguf is no GGUF file, or damaged"):
+        tensors_of_gguf(tmp_path / "a.gguf")
