@@ -31,6 +31,7 @@ def test_the_original_is_a_language_model(smollm2: LoadedModel) -> None:
     found = wush.evaluate(smollm2.model, held_out, wush.original_states(smollm2.model, held_out))
     assert 8 < found.perplexity < 25
     assert found.kl == 0
+    assert smollm2.note == "Q4_1, read dequantized"
 
 
 def gaps(

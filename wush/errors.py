@@ -6,4 +6,4 @@ class NumericError(ArithmeticError):
 
 
 class UnsupportedModelError(ValueError):
-    """The model has no decoder blocks, or linears that this library can quantize."""
+    """A model that is no plain one in memory, has no row of decoder blocks, or no linear to quantize."""

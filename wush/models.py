@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from wush.plain import check_plain, is_packed
-from wush.stored import tensors_of
+from wush.stored import tensors_of, tensors_of_gguf
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -239,12 +239,10 @@ def _quantized(what: str, how: str) -> str:
 
 def _precision(path: Path) -> str | None:
     """How the weights of a GGUF file are stored, such as `Q4_1, read dequantized`; None for plain floats."""
-    from gguf import GGUFReader
-
     sizes: Counter[str] = Counter()
-    for tensor in GGUFReader(path).tensors:
+    for tensor in tensors_of_gguf(path):
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+            sizes[tensor.dtype] += tensor.numel
     kinds = [kind for kind, _ in sizes.most_common()]
     return None if set(kinds) <= set(GGUF_FLOATS) else f"{' and '.join(kinds)}, read dequantized"
 

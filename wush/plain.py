@@ -89,6 +89,8 @@ def _why_not_in_memory(module: nn.Module) -> str:
     for name, tensor in _tensors(module):
         if tensor.is_meta:
             return f"holds {name} on the meta device, offloaded or never loaded; load the model whole on one device"
+        if type(tensor.data).__module__.startswith("torch.distributed"):
+            return f"holds {name} as {_told(tensor)}, spread over processes; load the model whole on one device"
     return ""
 
 
@@ -113,7 +115,7 @@ def _quantization_of(model: nn.Module) -> str:
 
 def _why_packed(module: nn.Module) -> Iterator[str]:
     kind = type(module)
-    if ".quantized." in f"{kind.__module__}.":
+    if kind.__module__.startswith("torch.") and ".quantized." in f"{kind.__module__}.":
         yield f"is a {kind.__module__}.{kind.__name__}"
     yield from (f"has a {name}" for name in PACKED_ATTRIBUTES if getattr(module, name, None) is not None)
     own_forward = isinstance(module, nn.Linear) and kind.forward is not nn.Linear.forward

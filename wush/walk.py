@@ -2,6 +2,7 @@
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -88,8 +89,10 @@ def quantize(
     as `*.down_proj`. `blocks`: the decoder blocks to quantize, counted from 0, or all. `report` is filled in with each
     block as it is done, and `on_block` called. Blocks that `saved` has are restored, and each new one is given to it:
     the result is the same, bit for bit. `settings`: what quantized layers may run on. The model is in evaluation mode
-    meanwhile. Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes
-    nothing or a block that is not there; `UnsupportedModelError`; `NumericError` that names the layer.
+    meanwhile, and refuses to be saved as another afterwards. Linears that do something else besides stay as they are.
+    Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes nothing, a
+    block that is not there, or tokens that the model cannot take; `UnsupportedModelError` for a model that is no plain
+    one in memory or whose blocks are no row that each token passes once; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
@@ -309,6 +312,8 @@ def _all_used(name: str, block: nn.Module, layers: Sequence[LayerReport]) -> Ite
         try:
             yield
         except (AttributeError, TypeError) as error:
+            if _raised_in(error).startswith("wush."):
+                raise  # by a quantized layer, in words
             raise UnsupportedModelError(
                 f"{name}: its forward needs an nn.Linear for more than to call it ({error}); leave that layer out with "
                 "quantize.exclude=[...]"
@@ -319,6 +324,12 @@ def _all_used(name: str, block: nn.Module, layers: Sequence[LayerReport]) -> Ite
             f"{name}: its forward goes on with the original {', '.join(unused)}, which it holds in another place (a "
             "list, a closure); leave it out with quantize.exclude=[...]"
         )
+
+
+def _raised_in(error: Exception) -> str:
+    """The name of the module whose code raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _bits_per_weight(layer: QuantLinear, own: int, sharing: int) -> float:

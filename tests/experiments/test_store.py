@@ -350,3 +350,16 @@ def test_a_record_of_another_version_of_the_method_is_shown_and_never_counts_as_
     assert f"made by version {METHOD_VERSION - 1} of the method, and this is {METHOD_VERSION}" in caplog.text
     (aside,) = store.trial("a1").glob("result.old-*.json")
     assert Record.model_validate_json(aside.read_bytes()) == shown
+
+
+def test_the_original_model_of_old_records_has_its_present_name_one_by_one_and_in_bulk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = record("a1").model_copy(update={"choices": {"model": "tiny_llama", "format": "bf16"}})
+    store = stored(tmp_path, old)
+    (store.trial("a1") / "result.json").write_text(of_version_4(old))
+    read = store.record("a1")
+    assert read is not None
+    assert read.choices == {"model": "tiny_llama", "format": "original"}
+    monkeypatch.setattr(ResultStore, "record", None)
+    assert store.results(["a1"])["a1"].choices == read.choices

@@ -333,6 +333,20 @@ def test_a_block_that_does_more_than_call_a_linear_is_refused(
         quantize(Row(each(), kind), ids(generator))
 
 
+class Doubling(Block):
+    """A block that feeds its linear in a dtype that only an nn.Linear of that dtype takes."""
+
+    def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Any:
+        if isinstance(self.proj, nn.Linear):
+            return super().forward(hidden_states)
+        return self.proj(hidden_states.double())
+
+
+def test_what_a_quantized_layer_refuses_is_told_in_its_own_words(generator: torch.Generator) -> None:
+    with pytest.raises(TypeError, match=r"stages\.0\.proj: the input is torch\.float64"):
+        quantize(Row(each(), Doubling), ids(generator))
+
+
 def test_recording_stops_at_the_head(generator: torch.Generator) -> None:
     model, tokens = Row(each()), ids(generator)
     route, ran = follow(model, model.stages, tokens), []

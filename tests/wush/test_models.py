@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wush.models import load_packaged_gguf, load_pretrained, load_random
-from wush.stored import Stored, tensors_of
+from wush.stored import Stored, tensors_of, tensors_of_gguf
 
 
 @pytest.fixture
@@ -91,6 +91,30 @@ LACKING = [DOWN, "model.layers.0.input_layernorm.weight", "model.embed_tokens.we
 def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(gone: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=rf"is not what its checkpoint holds: the checkpoint lacks {re.escape(gone)}"):
         load_pretrained(rewritten(folder, lambda tensors: tensors.pop(gone)), "float32", "cpu")
+
+
+def sharded(folder: Path) -> dict[str, str]:
+    """The folder's weights in many files; which tensor is in which."""
+    model = load_pretrained(str(folder), "float32", "cpu").model
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def test_a_shard_that_is_not_there_is_refused_by_its_name(folder: Path) -> None:
+    shard = folder / sharded(folder)[DOWN]
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"model '{folder}' cannot be loaded: .*{shard.name}"):
+        load_pretrained(str(folder), "float32", "cpu")
+
+
+def test_a_shard_that_lacks_a_tensor_is_refused_by_the_tensors_name(folder: Path) -> None:
+    shard = folder / sharded(folder)[DOWN]
+    tensors = load_file(shard)
+    del tensors[DOWN]
+    save_file(tensors | {"kept": torch.zeros(1)}, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lacks {re.escape(DOWN)}; the checkpoint has kept, which"):
+        load_pretrained(str(folder), "float32", "cpu")
 
 
 def test_a_checkpoint_with_a_tensor_too_many_is_refused_by_its_name(folder: Path) -> None:
@@ -287,3 +311,19 @@ def test_a_damaged_header_names_the_file(content: bytes, tmp_path: Path) -> None
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.safetensors is no safetensors file, or damaged"):
         tensors_of(tmp_path / "a.safetensors")
+
+
+def test_a_gguf_file_is_listed_as_its_own_package_does(tmp_path: Path) -> None:
+    gguf(tmp_path / "a.gguf", Q4_1, "ffn")
+    expected = [
+        Stored(tensor.name, tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape)))
+        for tensor in GGUFReader(tmp_path / "a.gguf").tensors
+    ]
+    assert tensors_of_gguf(tmp_path / "a.gguf") == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGML" + bytes(40), b"GGUF" + b"\xff" * 40])
+def test_a_damaged_gguf_header_names_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.gguf is no GGUF file, or damaged"):
+        tensors_of_gguf(tmp_path / "a.gguf")

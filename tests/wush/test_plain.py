@@ -107,6 +107,20 @@ def _subclass(linear: nn.Linear) -> nn.Module:
     return linear
 
 
+class Distributed(Tensor):
+    """A tensor of which each process holds a part."""
+
+
+Distributed.__module__ = "torch.distributed.tensor"
+
+
+def test_weights_that_are_spread_over_processes_are_refused() -> None:
+    model = tiny()
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Distributed), requires_grad=False)
+    refused(model, r"model\.layers\.1\.mlp\.up_proj holds weight as Distributed, spread over processes")
+
+
 PACKED: dict[Callable[[nn.Linear], nn.Module], str] = {
     _scaled: "holds weight_scale",
     _fp8: r"holds weight as torch\.float8_e4m3fn",
