@@ -269,9 +269,15 @@ def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
         return kept | {"calibration": error, "layers": [layer(one) for one in own["layers"]]}
 
     try:
-        return values | {"schema_version": SCHEMA_VERSION, "blocks": [block(one) for one in values["blocks"]]}
+        known = {"schema_version": SCHEMA_VERSION, "choices": choices_of_today(values["choices"])}
+        return values | known | {"blocks": [block(one) for one in values["blocks"]]}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no record of schema version 4: {error!r}") from error
+
+
+def choices_of_today(choices: dict[str, str]) -> dict[str, str]:
+    """The options of groups by their present names: the original model was `format=bf16` in records of before."""
+    return choices | {"format": "original"} if choices.get("format") == "bf16" else choices
 
 
 def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

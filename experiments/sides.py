@@ -14,7 +14,7 @@ import yaml
 from experiments import plans
 from experiments.estimates import parts
 from experiments.identity import Identities
-from experiments.records import Task, Windows
+from experiments.records import Task, Windows, choices_of_today
 from experiments.schema import ConfigError
 from experiments.store import ResultStore
 from experiments.sweep import LABELLING_GROUPS, _flatten
@@ -184,6 +184,7 @@ def _finished(
     if calibrated:  # a text of the hub is known by its commit
         values[CALIBRATED] = calibrated["text_sha256"] or calibrated["source"]
     values |= {EVALUATED: evaluated or "", "seed": str(config["seed"]), METHOD: str(method_version or 1)}
+    choices = choices_of_today(choices)
     own = {group: choices[group] for group in GROUPS if group in choices}
     measured = {"quantized_share": 1.0} | {key: float(value) for key, value in metrics.items()}
     return Finished(trial_id, own, values, measured | {key: task.score for key, task in _tasks(tasks or {}).items()})

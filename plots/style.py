@@ -4,6 +4,7 @@ Figures are laid out once, in the paper's inches and points; the screen style is
 """
 
 import io
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ SOURCE = "arXiv 2512.00956 v3"
 PUBLISHED = f"published ({SOURCE}), not run here"
 COLUMN_INCHES = {1: 3.25, 2: 6.75}  # a two-column paper: one column, and both
 POINTS = 7.5  # of the paper's text in figures
+CHARACTERS = 18.5  # of a caption to an inch of the paper
 SCALES = {"paper": 1.0, "screen": 1.6}
 DPI = {"paper": 300, "screen": 150}
 
@@ -62,8 +64,10 @@ def figure(columns: int, height: float) -> Figure:
 
 
 def caption(drawn: Figure, text: str) -> None:
-    """A line at the foot of the figure that says where its numbers come from."""
-    drawn.supxlabel(text, fontsize="small", color=GREY)
+    """Lines at the foot of the figure that say where its numbers come from, as long as the figure is wide."""
+    width = int(CHARACTERS * drawn.get_figwidth() / scale())
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width, break_on_hyphens=False)]
+    drawn.supxlabel("\n".join(lines), fontsize="small", color=GREY)
 
 
 def save(drawn: Figure, folder: Path, name: str) -> list[Path]:

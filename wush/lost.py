@@ -51,7 +51,7 @@ class Count:
     def add(self, name: str, layer: QuantLinear, x: Tensor) -> None:
         """Count the groups of `T x` for an input x `(..., I)` of a layer; nothing for a format without a window."""
         window = layer.format.window(layer.input_scale)
-        if window is None:
+        if window is None or not x.numel():
             return
         # Layers that are fed by one tensor, one after the other, have one count if they have one transform.
         same = layer.format, layer.input_scale, None if layer.transform is None else layer.transform.data_ptr()

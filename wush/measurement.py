@@ -157,6 +157,8 @@ class _Compared:
         self.moment = SecondMoment(self.layer.in_features, device, self.name, size)
 
     def add(self, x: Tensor, exact: Tensor) -> None:
+        if not x.numel():
+            return  # an expert that no token of the batch goes to
         bias = self.layer.bias
         product = exact.float() if bias is None else exact.float() - bias.float()  # W x alone, whose power counts
         pair = (self.layer(x).float() - exact.float(), product)

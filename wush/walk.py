@@ -294,7 +294,7 @@ def _with_input_scales(
         with linear_inputs(block, names) as seen:
             run_block(block, call.hidden.to(device), call.arguments[index])
         for n, (linear, weights) in enumerate(zip(names, results, strict=True)):
-            for x in seen[linear]:
+            for x in filter(Tensor.numel, seen[linear]):
                 for transform in {id(weight.transform): weight.transform for weight in weights}.values():
                     key, peak = (n, id(transform)), transformed(x, transform).abs().amax()
                     peaks[key] = torch.maximum(peaks[key], peak) if key in peaks else peak

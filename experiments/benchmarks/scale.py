@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import plans
-from experiments.records import Block, BlockError, Data, Layer, Metrics, Record, Stage, now
+from experiments.records import Block, BlockError, Data, Layer, Metrics, Record, Stage, Windows, now
 from experiments.standing import Standing
 from experiments.store import to_json, write_atomically
 from experiments.sweep import Sweep
@@ -185,6 +185,7 @@ def _record(level: float) -> Record:
         metrics=Metrics(
             perplexity=17.66, perplexity_original=14.05, kl=0.227, top1=0.76, bits_per_weight=5.22, predictions=8176
         ),
+        windows=_windows(level),
         blocks=[_block(i, level) for i in range(30)],
         skipped={"lm_head": "excluded: the output head stays as it is"},
         stages={
@@ -202,6 +203,18 @@ def _record(level: float) -> Record:
         environment={"host": "node-1", "platform": "Linux", "processor": "CPU", "cores": 2, "device": "cpu"},
         started_at=now(),
         finished_at=now(),
+    )
+
+
+def _windows(level: float) -> Windows:
+    """Sums of 12 windows that scatter as those of a text do."""
+    swing = [0.8 + 0.4 * (k * 5 % 12) / 11 for k in range(12)]
+    return Windows(
+        nll=[511 * 2.8713645577 * one for one in swing],
+        nll_original=[511 * 2.6425871234 * one for one in swing],
+        kl=[511 * 0.2271234567 * one * level for one in swing],
+        agree=[round(511 * 0.76 / one) for one in swing],
+        predictions=[511] * 12,
     )
 
 

@@ -52,7 +52,12 @@ def combinations(
         return found
 
     given = values(arguments)
-    return [own for grid in grids or [()] for own in itertools.product(*({**values(grid), **given}).values())]
+
+    def taking(grid: Sequence[str]) -> dict[str, list[str]]:
+        # A key of an option that another one takes the place of goes with it: that has no such key.
+        return {key: own for key, own in values(grid).items() if "." not in key or _top(key) not in given} | given
+
+    return [own for grid in grids or [()] for own in itertools.product(*taking(grid).values())]
 
 
 def grids_of(config: DictConfig) -> list[list[str]]:

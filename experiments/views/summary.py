@@ -1,5 +1,7 @@
 """The summary of a sweep: one table for the terminal and for Markdown, the HTML report, and where they are."""
 
+from __future__ import annotations
+
 import os
 import shlex
 from collections import Counter
@@ -7,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,7 +22,9 @@ from experiments.store import ResultStore, write_atomically
 from experiments.views.display import duration, on_stdout
 from experiments.views.selection import TELLING, originals, standing, task_columns, telling
 from experiments.views.values import MOST_ROWS, PLUS_MINUS, measured, measured_task, share_told
-from wush.intervals import Metric
+
+if TYPE_CHECKING:
+    from wush.intervals import Metric
 
 METRIC_COLUMNS = ("perplexity", "vs original", "KL", "top-1", "bits", "time")
 _MEASURED: tuple[Metric, ...] = ("perplexity", "gap", "kl", "top1")

@@ -4,20 +4,24 @@ Of a single trial the interval is over evaluated windows, or a task's documents;
 change nothing, such as the calibration's where nothing reads it, are a single trial: a spread of zero says nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-from experiments.records import Metrics, Record, Result
+from experiments.records import Metrics, Record, Result, Task
 from experiments.views.selection import MEAN_OF_TASKS, task_score
-from wush import intervals
-from wush.intervals import Interval, Metric
+
+if TYPE_CHECKING:  # it needs NumPy, a tenth of a second that a command without numbers does not have to take
+    from wush.intervals import Interval, Metric
 
 # The one form in which intervals are shown, and what it means.
 PLUS_MINUS = (
     "±: 95% interval, bootstrapped over a trial's windows (a task's documents), and Student's t for a mean over seeds"
 )
-MOST_ROWS = 1_000  # of single trials: of more none is bootstrapped, which would take seconds
+MOST_ROWS = 500  # of single trials: of more none is bootstrapped, which would take seconds
 _OF: dict[Metric, Callable[[Metrics], float]] = {
     "perplexity": lambda metrics: metrics.perplexity,
     "gap": lambda metrics: metrics.perplexity - metrics.perplexity_original,
@@ -33,7 +37,7 @@ class Value:
     value: float
     interval: Interval | None = None
 
-    def scaled(self, factor: float) -> "Value":
+    def scaled(self, factor: float) -> Value:
         """In another unit."""
         return Value(self.value * factor, self.interval and self.interval.scaled(factor))
 
@@ -45,6 +49,8 @@ class Value:
 
 def measured(results: Sequence[Result], metric: Metric, over_windows: bool = True) -> Value:
     """A metric of a trial, or of several that differ by seed; `over_windows` False: a single one has no interval."""
+    from wush import intervals
+
     values = [_OF[metric](result.metrics) for result in results]
     if _vary(values):
         return Value(fmean(values), intervals.of_runs(values))
@@ -55,6 +61,8 @@ def measured(results: Sequence[Result], metric: Metric, over_windows: bool = Tru
 
 def measured_task(results: Sequence[Result], column: str, over_documents: bool = True) -> Value | None:
     """The score of a task, or the mean of all, as a share; None unless every trial has it."""
+    from wush import intervals
+
     scores = [score for result in results if (score := task_score(result, column)) is not None]
     if len(scores) < len(results):
         return None
@@ -68,6 +76,8 @@ def _vary(values: Sequence[float]) -> bool:
 
 
 def _of_documents(result: Result, column: str) -> Interval | None:
+    from wush import intervals
+
     if column in result.tasks:
         return intervals.of_documents(result.outcomes.get(column, []))
     assert column == MEAN_OF_TASKS
@@ -79,6 +89,13 @@ def _of_documents(result: Result, column: str) -> Interval | None:
 def share_told(metrics: Metrics) -> str:
     """The share of weights that is quantized, as `96.4%`, rounded down; empty when all are or the model is not."""
     return f"{int(1000 * metrics.quantized_share + 1e-9) / 10:g}%" if 0 < metrics.quantized_share < 1 else ""
+
+
+def _interval_told(task: Task) -> str:
+    from wush import intervals
+
+    interval = intervals.of_documents(task.outcomes)
+    return f", 95% interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
 
 
 def facts(record: Record) -> dict[str, str]:
@@ -99,5 +116,6 @@ def facts(record: Record) -> dict[str, str]:
         "bits a weight": f"{metrics.bits_per_weight:.3f}" + (f", {share} of the weights quantized" if share else ""),
         **({"original": record.model_note} if record.model_note else {}),
         **{f"lost, {text}": f"{count:,} groups outside the format's window" for text, count in lost.items() if count},
+        **{name: f"{task.told}{_interval_told(task)}" for name, task in record.tasks.items()},
         "method": f"version {record.method_version}" + (" (old)" if result.old else ""),
     }

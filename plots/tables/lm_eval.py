@@ -80,7 +80,7 @@ def scores(setting: Setting, columns: Columns, baseline: Setting | None = None) 
     """In percent; means over runs, of one trial or of several, or a single one with its documents."""
     runs = runs_of(setting, columns)
     common = [name for name in columns if runs and all(name in run for run in runs.values())]
-    single = {name: _of_documents(setting.first, columns[name]) for name in common} if len(runs) == 1 else {}
+    single = {name: _of_documents(setting.first, columns[name]) for name in common} if _one(setting, runs) else {}
     found = {name: number for name in common if (number := single.get(name) or Number.of(_column(runs, name)))}
     average = None
     if common and len(common) == len(columns):
@@ -118,6 +118,12 @@ def by_method(trials: Iterable[Trial]) -> dict[tuple[str, Method], list[Setting]
 def original_of(setting: Setting, originals: dict[str, Setting]) -> Setting | None:
     """The original model, evaluated in the same way."""
     return originals.get(str(setting.first.settings.get("evaluation")))
+
+
+def _one(setting: Setting, runs: Runs) -> bool:
+    """Whether there is one run, or several that came out the same, as seeds change nothing of some methods."""
+    values = {tuple(sorted(run.items())) for run in runs.values()}
+    return len(values) == 1 and all(len(task.runs) == 1 for task in setting.first.tasks.values())
 
 
 def _column(runs: Runs, name: str) -> dict[Hashable, float]:

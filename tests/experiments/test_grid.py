@@ -223,3 +223,12 @@ def test_values_are_listed_as_hydra_lists_them(text: str, loader: ConfigLoader) 
     expected = list(whole.sweep_iterator()) if whole.is_sweep_override() else [whole.value()]
     expected = [one.text if isinstance(one, QuotedString) else one for one in expected]
     assert [parser.parse_overrides([one])[0].value() for (one,) in lists] == expected
+
+
+def test_a_given_option_takes_the_place_of_a_grids_option_and_of_its_keys(loader: ConfigLoader) -> None:
+    grids = [["transform=i,h"], ["transform=r", "transform.per_tile=true", "seed=0,1", "calibration.windows=8"]]
+    found = [set(own) for own in grid.combinations(["transform=wush"], loader, grids)]
+    rest = [{"transform=wush", f"seed={seed}", "calibration.windows=8"} for seed in (0, 1)]
+    assert found == [{"transform=wush"}, *rest]
+    kept = grid.combinations(["transform.per_tile=false"], loader, grids[1:])
+    assert all("transform.per_tile=false" in own and "transform.per_tile=true" not in own for own in kept)

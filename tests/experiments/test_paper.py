@@ -1,14 +1,17 @@
 """The paper's experiments: each is a sweep that one line starts, at the paper's scale and at a small one."""
 
+import functools
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks.hours import ITEMS, SHAPES, trials_of
+from experiments.benchmarks import hours
+from experiments.benchmarks.hours import ITEMS, SHAPES
 from experiments.identity import text_of
 from tests.experiments.conftest import ROOT, Cli
 
+trials_of = functools.cache(hours.trials_of)
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 
@@ -34,13 +37,25 @@ def test_the_small_scale_needs_no_network(name: str) -> None:
     assert "wush.hub" not in str([trial.config for trial in trials])
 
 
-def test_table_1_has_ten_rotations_and_one_of_every_other_transform() -> None:
-    trials = trials_of("table1", "paper")
-    formats = {trial.choices["format"] for trial in trials}
-    assert formats == {"mxfp4", "nvfp4", "int4"}
-    per_format = [trial.choices["transform"] for trial in trials if trial.choices["format"] == "mxfp4"]
-    assert sorted(per_format) == ["h", "i", *["r"] * 10, "wus", "wush"]
-    assert {tuple(trial.config["quantize"]["blocks"]) for trial in trials} == {(18,)}
+@pytest.mark.parametrize(("scale", "blocks"), [("paper", (17, 18)), ("small", (14, 15))])
+def test_table_1_has_ten_rotations_and_one_of_every_other_transform_of_each_block(
+    scale: str, blocks: tuple[int, int]
+) -> None:
+    trials = trials_of("table1", scale)
+    cells = [
+        (trial.choices["format"], *trial.config["quantize"]["blocks"], trial.choices["transform"]) for trial in trials
+    ]
+    per_cell = ["h", "i", *["r"] * 10, "wus", "wush"]
+    expected = [(fmt, block, t) for fmt in ("mxfp4", "nvfp4", "int4") for block in blocks for t in per_cell]
+    assert sorted(cells) == sorted(expected)
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+def test_table_1_is_the_loss_on_the_calibration_tokens_with_a_rotation_of_every_tile(scale: str) -> None:
+    trials = trials_of("table1", scale)
+    assert {trial.config["measure"]["layer_loss"] for trial in trials} == {"calibration"}
+    assert {trial.config["calibration"]["seed"] for trial in trials} == {0}
+    assert all(trial.config["transform"]["per_tile"] for trial in trials if trial.choices["transform"] == "r")
 
 
 def test_a_baseline_is_one_trial_of_an_experiment_unless_its_answers_are_sampled() -> None:

@@ -19,6 +19,8 @@ from experiments.records import (
     Record,
     Result,
     Stage,
+    Task,
+    TaskRun,
     Windows,
     now,
 )
@@ -195,7 +197,17 @@ def whole(trial_id: str) -> Record:
         for i in range(3)
     ]
     data = {"evaluation": Data(text_sha256="a" * 64, ids_sha256="b" * 64, tokens=64)}
-    return record(trial_id).model_copy(update={"blocks": blocks, "data": data, "attempts": 3, "restored_blocks": 2})
+    update = {"blocks": blocks, "data": data, "attempts": 3, "restored_blocks": 2, "model_note": "read dequantized"}
+    windows = Windows(nll=[9.5, 8], nll_original=[9, 7.5], kl=[0.25, 0.5], agree=[3, 4], predictions=[4, 5])
+    runs = [
+        TaskRun(seed=seed, values={"acc,none": 0.5}, stderrs={}, seconds=1.0, outcomes=[seed, 1 - seed, 1.0, 0.0])
+        for seed in (0, 1)
+    ]
+    about = {"version": "1", "harness": "0", "num_fewshot": 0, "chat_template": False, "samples": 4}
+    known = Task(name="easy", metric="acc,none", higher_is_better=True, runs=runs, **about)  # type: ignore[arg-type]
+    unknown = known.model_copy(update={"runs": [runs[0].model_copy(update={"outcomes": []})]})
+    update |= {"windows": windows, "tasks": {"easy": known, "late": unknown}, "method_version": 1}
+    return record(trial_id).model_copy(update=update)
 
 
 def test_results_read_in_bulk_are_those_of_the_records_one_by_one(
@@ -209,6 +221,11 @@ def test_results_read_in_bulk_are_those_of_the_records_one_by_one(
     asked = [*reversed(ids), "0" * 15 + "f"]
     found = store.results(asked)
     assert list(found.values()) == [Result.of(one) for one in reversed(records)]
+    assert {one.method_version for one in found.values()} == {1, METHOD_VERSION}, "of a record that does not say, 1"
+    light = found[ids[1]]
+    assert light.outcomes == {"easy": [0.5, 0.5, 1.0, 0.0]}
+    assert light.windows is not None
+    assert light.model_note == "read dequantized"
     assert store.results([]) == {}
 
 
@@ -333,3 +350,16 @@ def test_a_record_of_another_version_of_the_method_is_shown_and_never_counts_as_
     assert f"made by version {METHOD_VERSION - 1} of the method, and this is {METHOD_VERSION}" in caplog.text
     (aside,) = store.trial("a1").glob("result.old-*.json")
     assert Record.model_validate_json(aside.read_bytes()) == shown
+
+
+def test_the_original_model_of_old_records_has_its_present_name_one_by_one_and_in_bulk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = record("a1").model_copy(update={"choices": {"model": "tiny_llama", "format": "bf16"}})
+    store = stored(tmp_path, old)
+    (store.trial("a1") / "result.json").write_text(of_version_4(old))
+    read = store.record("a1")
+    assert read is not None
+    assert read.choices == {"model": "tiny_llama", "format": "original"}
+    monkeypatch.setattr(ResultStore, "record", None)
+    assert store.results(["a1"])["a1"].choices == read.choices

@@ -174,6 +174,16 @@ def test_seeds_that_change_nothing_do_not_make_a_difference_clear(tmp_path: Path
     assert state(tmp_path, *made) == (0, 0, 1)
 
 
+def test_seeds_that_change_no_answer_leave_the_documents_to_decide(tmp_path: Path) -> None:
+    made = []
+    for transform, right in (("h", 50), ("i", 49)):
+        for seed in range(3):
+            one = record("mxfp4", transform, evaluation="small", seed=seed)
+            one.tasks["one"] = answered("one", [1.0] * right + [0.0] * (100 - right))
+            made.append(one)
+    assert state(tmp_path, *made, item="table2") == (0, 0, 1)
+
+
 def test_tasks_are_compared_by_document(tmp_path: Path) -> None:
     h = [float(place % 2) for place in range(200)]
     better = [1.0 if place % 20 == 0 else one for place, one in enumerate(h)]  # 10 more, and nothing lost

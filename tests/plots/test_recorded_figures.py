@@ -310,6 +310,18 @@ def test_a_figure_shows_methods_that_were_run_alike_never_the_newest(tmp_path: P
     assert f"{said_}, 1 of other seeds" in found.source
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_caption_is_as_wide_as_its_figure(columns: int) -> None:
+    figure = style.figure(columns=columns, height=2)
+    words = [f"trial{number}" for number in range(60)]
+    style.caption(figure, " ".join(words) + "\nbars: 95% intervals")
+    (text,) = [one for one in figure.findobj(Text) if isinstance(one, Text) and "trial0" in one.get_text()]
+    figure.draw_without_rendering()
+    assert text.get_window_extent().width < figure.bbox.width
+    assert text.get_text().split() == [*words, "bars:", "95%", "intervals"]
+    assert text.get_text().endswith("\nbars: 95% intervals")
+
+
 def test_a_figure_says_that_what_it_shows_is_of_an_older_method(tmp_path: Path) -> None:
     old = [record("mxfp4", name, version=1, tasks={"one": [0.2, 0.4]}) for name in ("h", "wush")]
     records = load([store(tmp_path, *old)])

@@ -102,6 +102,15 @@ def _quantized(fmt: wush.Format) -> tuple[object, wush.Format]:
     return QuantizedWeight(fmt.quantize(torch.ones(8, 96)), None), fmt
 
 
+@pytest.mark.parametrize("shape", [(0, 96), (2, 0, 96), (96,), (3, 96)])
+def test_inputs_of_any_shape_are_counted(shape: tuple[int, ...]) -> None:
+    """An expert may get no token of a batch."""
+    ours, count = layer(wush.NVFP4, transform="none"), Count()
+    count.add("one", ours, torch.full(shape, 1000.0))
+    groups = torch.Size(shape).numel() // 16
+    assert count.found() == ({"one": wush.Lost(groups, groups, 0)} if groups else {})
+
+
 def test_one_input_of_several_layers_is_counted_for_each_by_its_transform(generator: torch.Generator) -> None:
     own, same, other = layer(wush.NVFP4, seed=1), layer(wush.NVFP4, seed=2), layer(wush.NVFP4, seed=3)
     same.transform = own.transform
