@@ -88,8 +88,8 @@ def against_hadamard(record: Record) -> str:
     """What a transform for each block costs against one Hadamard matrix, a sentence a format; empty if not measured."""
     found = {variant: gaps for variant in VARIANTS[:2] if (gaps := behind_hadamard(record, variant))}
     return " ".join(
-        f"{variant.upper()} layers with a transform for each block are {fmean(gaps):.1%} slower on average than "
-        f"with one Hadamard matrix for all, {min(gaps):.1%} to {max(gaps):.1%} "
+        f"{variant.upper()} layers with a transform for each block are {fmean(gaps):.1%} slower on average than with "
+        f"one Hadamard matrix for all, {min(gaps):.1%} to {max(gaps):.1%} "
         f"(M = {COMPARED_TOKENS:,}, {len(gaps)} layers)."
         for variant, gaps in found.items()
     )
