@@ -116,6 +116,8 @@ def bits_of(scales: Tensor) -> Tensor:
 
 def require_no_capture() -> None:
     """Raise `RuntimeError` while a CUDA graph is captured, which records kernels and does not run them."""
+    if torch.compiler.is_dynamo_compiling():  # tracing captures nothing, and cannot trace the question
+        return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a quantized layer was first run while a CUDA graph was captured; run it once before, with as many tokens"

@@ -27,6 +27,7 @@ FORMATS = [
     wush.MXFP8,
 ]
 ids = [f"{fmt.name}-{fmt.scale_rule}" for fmt in FORMATS]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted only where there is no GPU")
 
 H100 = H200 = Machine((9, 0))
 ADA = Machine((8, 9))
@@ -203,6 +204,7 @@ def test_with_a_transform_few_codes_differ(
     assert far.any(-1).float().mean() <= 0.12  # one row of nine, by one code
 
 
+@interpreted
 @pytest.mark.parametrize("fmt", FORMATS, ids=ids)
 def test_codes_and_scales_of_the_kernel_are_those_of_the_format(fmt: Format, generator: torch.Generator) -> None:
     from wush_kernels.quantize import quantize
@@ -261,6 +263,7 @@ def test_a_non_finite_input_gives_a_row_of_nan_and_changes_no_other(
     assert torch.equal(found[others], expected[others])
 
 
+@interpreted
 def test_a_weight_row_of_too_many_binades_takes_exact_bf16_operands_and_says_so(generator: torch.Generator) -> None:
     weight = torch.randn(48, 96, generator=generator)
     weight[7, :32] *= 2.0**-40
@@ -338,6 +341,7 @@ def test_a_change_of_dtype_leaves_codes_and_scales_alone(fmt: Format) -> None:
 # Records, settings, errors
 
 
+@interpreted
 def test_what_was_chosen_is_told_with_merged_names_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(layer(wush.INT4) for _ in range(3))})
     wush.use_kernels(model, "triton")

@@ -236,6 +236,7 @@ def gguf(path: Path, kind: GGMLQuantizationType, only: str = "") -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b", "ab", *(f"<{n}>" for n in range(29))])
     writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     rng = np.random.default_rng(0)
     shapes = {f"attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}

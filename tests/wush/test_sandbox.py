@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +31,13 @@ OUT_OF_TIME = ("TimeoutError: no processor time left", "stopped after 1 s")  # w
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> object:
-    """After each test: no folder of a sandbox, and no process of one."""
+def nothing_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After each test: no folder of its sandboxes, and no process of one; other tests may run beside it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
-    assert not list(Path("/tmp").glob("sandbox-*"))
+    assert not list(tmp_path.glob("sandbox-*"))
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in commands if b"jail.py" in command]
+    assert not [command for command in commands if b"jail.py" in command and bytes(tmp_path) in command]
 
 
 def why(program: str, limits: Limits = LIMITS) -> str:
