@@ -14,7 +14,8 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from experiments.records import READABLE_VERSIONS, Metrics, Result, choices_of_today, mean_outcomes
+from experiments.older_records import choices_of_today
+from experiments.records import READABLE_VERSIONS, Metrics, Result, mean_outcomes
 from wush.intervals import Sums
 
 FILES_AT_ONCE = 500  # with their whole content in memory: 30 MB of the records of a 30-block model

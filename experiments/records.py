@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from experiments.older_records import from_version_4
 from wush.version import METHOD_VERSION
 
 if TYPE_CHECKING:
@@ -252,36 +253,8 @@ class Record(_Model):
     @classmethod
     def _of_today(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("schema_version") == 4:
-            return _from_version_4(values)
+            return from_version_4(values) | {"schema_version": SCHEMA_VERSION}
         return values
-
-
-def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
-    """A record's content as this version has it; what is no such content is left for the validation to judge."""
-
-    def layer(own: dict[str, Any]) -> dict[str, Any]:
-        loss = own.get("loss")
-        return own if loss is None else own | {"loss": _renamed(loss, {"predicted": "even"})}
-
-    def block(own: dict[str, Any]) -> dict[str, Any]:
-        error = {"mse": own["mse"], "relative": own["relative_mse"]}
-        kept = {key: value for key, value in own.items() if key not in ("mse", "relative_mse")}
-        return kept | {"calibration": error, "layers": [layer(one) for one in own["layers"]]}
-
-    try:
-        known = {"schema_version": SCHEMA_VERSION, "choices": choices_of_today(values["choices"])}
-        return values | known | {"blocks": [block(one) for one in values["blocks"]]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no record of schema version 4: {error!r}") from error
-
-
-def choices_of_today(choices: dict[str, str]) -> dict[str, str]:
-    """The options of groups by their present names: the original model was `format=bf16` in records of before."""
-    return choices | {"format": "original"} if choices.get("format") == "bf16" else choices
-
-
-def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return {names.get(key, key): value for key, value in values.items()}
 
 
 class Failure(_Model):
