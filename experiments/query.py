@@ -14,9 +14,8 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from experiments.older_records import choices_of_today
-from experiments.records import READABLE_VERSIONS, Metrics, Result, mean_outcomes
-from wush.intervals import Sums
+from experiments.records import READABLE_VERSIONS, Metrics, Result
+from wush.intervals import Sums, mean_outcomes
 
 FILES_AT_ONCE = 500  # with their whole content in memory: 30 MB of the records of a 30-block model
 
@@ -133,4 +132,4 @@ def _there(indices: list[int], errors: list[float | None]) -> dict[int, float]:
 @functools.cache
 def _choices(text: str) -> dict[str, str]:
     """Choices, as JSON in a record: one object for the trials that share them."""
-    return choices_of_today({group: str(option) for group, option in json.loads(text).items()})
+    return {group: str(option) for group, option in json.loads(text).items()}

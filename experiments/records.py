@@ -1,7 +1,6 @@
 """The record of a finished trial, as `result.json` holds it, and what is kept of a failed one."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean, stdev
@@ -178,6 +177,8 @@ class Task(_Model):
     @property
     def outcomes(self) -> list[float]:
         """The metric that counts of each document, mean over runs; none where the score is not the mean of these."""
+        from wush.intervals import mean_outcomes
+
         return mean_outcomes([run.outcomes for run in self.runs], self.score)
 
     @property
@@ -186,17 +187,6 @@ class Task(_Model):
         spread = f" ± {self.spread:.4f} over {len(self.runs)} runs" if self.spread is not None else ""
         error = f" (standard error {self.stderr:.4f})" if self.stderr is not None else ""
         return f"{self.metric} {self.score:.4f}{spread}{error} of {self.samples:,} documents"
-
-
-def mean_outcomes(runs: Sequence[Sequence[float]], score: float) -> list[float]:
-    """Each document's mean over runs; none where runs have no or other documents, or the score is not their mean.
-
-    A score that weighs its documents unequally, such as a mean over a group's tasks, says nothing of one document.
-    """
-    if not runs or not runs[0] or any(len(run) != len(runs[0]) for run in runs):
-        return []
-    means = [fmean(values) for values in zip(*runs, strict=True)]
-    return means if abs(fmean(means) - score) < 1e-6 else []
 
 
 class Data(_Model):

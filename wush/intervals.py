@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 from typing import Final, Literal, Protocol, get_args
 
 import numpy as np
@@ -147,6 +148,17 @@ def paired_documents(a: Sequence[float], b: Sequence[float]) -> Interval | None:
     """
     gaps = [own - other for own, other in zip(b, a, strict=True)]
     return _of_signs(gaps) if len(gaps) > 1 and {*a, *b} <= {0, 1} else _of_mean(gaps)
+
+
+def mean_outcomes(runs: Sequence[Sequence[float]], score: float) -> list[float]:
+    """Each document's mean over runs; none where runs have no or other documents, or the score is not their mean.
+
+    A score that weighs its documents unequally, such as a mean over a group's tasks, says nothing of one document.
+    """
+    if not runs or not runs[0] or any(len(run) != len(runs[0]) for run in runs):
+        return []
+    means = [fmean(values) for values in zip(*runs, strict=True)]
+    return means if abs(fmean(means) - score) < 1e-6 else []
 
 
 @lru_cache(maxsize=1024)
