@@ -206,6 +206,19 @@ def test_only_documents_on_which_two_trials_differ_count(documents: int) -> None
         paired_documents([1.0, 0.0], [1.0])
 
 
+@pytest.mark.parametrize(("gained", "lost", "clear"), [(1, 0, False), (3, 0, False), (9, 0, True), (12, 8, False)])
+def test_a_few_documents_that_differ_prove_nothing(gained: int, lost: int, clear: bool) -> None:
+    rest = [1.0, 0.0] * 100
+    a = [0.0] * gained + [1.0] * lost + rest
+    one = paired_documents(a, [1.0] * gained + [0.0] * lost + rest)
+    assert one is not None
+    assert one.clear == clear
+    same = paired_documents(rest, rest)
+    assert same is not None
+    assert not same.clear
+    assert same.high > 0
+
+
 def test_a_difference_is_clear_when_its_interval_excludes_zero() -> None:
     assert Interval(0.1, 0.2).clear
     assert Interval(-0.2, -0.1).clear
