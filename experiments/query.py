@@ -14,6 +14,7 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
+from experiments.older_records import choices_of_today
 from experiments.records import READABLE_VERSIONS, Metrics, Result
 from wush.intervals import Sums, mean_outcomes
 
@@ -132,4 +133,4 @@ def _there(indices: list[int], errors: list[float | None]) -> dict[int, float]:
 @functools.cache
 def _choices(text: str) -> dict[str, str]:
     """Choices, as JSON in a record: one object for the trials that share them."""
-    return {group: str(option) for group, option in json.loads(text).items()}
+    return choices_of_today({group: str(option) for group, option in json.loads(text).items()})
