@@ -242,8 +242,8 @@ def _dropped(differing: Sequence[str], own: Sequence[Sequence[Finished]]) -> set
         dropped |= set(filter(is_seed, keys))
     if "calibration.path" in differing:
         dropped.add(CALIBRATED)
-    # What is measured besides cannot change what is compared.
-    unread = {key for key in keys if key.startswith(("evaluation.", "measure."))}
+    # What is measured besides cannot change what is compared; seeds of a task's answers can.
+    unread = {key for key in keys if key.startswith(("evaluation.", "measure.")) and not key.endswith(".seeds")}
     return dropped | unread | {"calibration.path", "seed"}
 
 

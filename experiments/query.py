@@ -14,8 +14,9 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from experiments.records import READABLE_VERSIONS, Metrics, Result, choices_of_today, mean_outcomes
-from wush.intervals import Sums
+from experiments.earlier import choices_of_today
+from experiments.records import READABLE_VERSIONS, Metrics, Result
+from wush.intervals import Sums, mean_outcomes
 
 FILES_AT_ONCE = 500  # with their whole content in memory: 30 MB of the records of a 30-block model
 

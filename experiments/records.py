@@ -1,7 +1,6 @@
 """The record of a finished trial, as `result.json` holds it, and what is kept of a failed one."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from statistics import fmean, stdev
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from experiments.earlier import from_version_4
 from wush.version import METHOD_VERSION
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class Task(_Model):
     @property
     def outcomes(self) -> list[float]:
         """The metric that counts of each document, mean over runs; none where the score is not the mean of these."""
+        from wush.intervals import mean_outcomes
+
         return mean_outcomes([run.outcomes for run in self.runs], self.score)
 
     @property
@@ -185,17 +187,6 @@ class Task(_Model):
         spread = f" ± {self.spread:.4f} over {len(self.runs)} runs" if self.spread is not None else ""
         error = f" (standard error {self.stderr:.4f})" if self.stderr is not None else ""
         return f"{self.metric} {self.score:.4f}{spread}{error} of {self.samples:,} documents"
-
-
-def mean_outcomes(runs: Sequence[Sequence[float]], score: float) -> list[float]:
-    """Each document's mean over runs; none where runs have no or other documents, or the score is not their mean.
-
-    A score that weighs its documents unequally, such as a mean over a group's tasks, says nothing of one document.
-    """
-    if not runs or not runs[0] or any(len(run) != len(runs[0]) for run in runs):
-        return []
-    means = [fmean(values) for values in zip(*runs, strict=True)]
-    return means if abs(fmean(means) - score) < 1e-6 else []
 
 
 class Data(_Model):
@@ -252,36 +243,8 @@ class Record(_Model):
     @classmethod
     def _of_today(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("schema_version") == 4:
-            return _from_version_4(values)
+            return from_version_4(values) | {"schema_version": SCHEMA_VERSION}
         return values
-
-
-def _from_version_4(values: dict[str, Any]) -> dict[str, Any]:
-    """A record's content as this version has it; what is no such content is left for the validation to judge."""
-
-    def layer(own: dict[str, Any]) -> dict[str, Any]:
-        loss = own.get("loss")
-        return own if loss is None else own | {"loss": _renamed(loss, {"predicted": "even"})}
-
-    def block(own: dict[str, Any]) -> dict[str, Any]:
-        error = {"mse": own["mse"], "relative": own["relative_mse"]}
-        kept = {key: value for key, value in own.items() if key not in ("mse", "relative_mse")}
-        return kept | {"calibration": error, "layers": [layer(one) for one in own["layers"]]}
-
-    try:
-        known = {"schema_version": SCHEMA_VERSION, "choices": choices_of_today(values["choices"])}
-        return values | known | {"blocks": [block(one) for one in values["blocks"]]}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no record of schema version 4: {error!r}") from error
-
-
-def choices_of_today(choices: dict[str, str]) -> dict[str, str]:
-    """The options of groups by their present names: the original model was `format=bf16` in records of before."""
-    return choices | {"format": "original"} if choices.get("format") == "bf16" else choices
-
-
-def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return {names.get(key, key): value for key, value in values.items()}
 
 
 class Failure(_Model):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from experiments.records import Outcome, Result, State
 
-SEEDS = ("seed", "signs")  # signs: of eigenvectors, drawn instead of fixed
+SEEDS = ("seed", "seeds", "signs")  # seeds: of sampled answers; signs: of eigenvectors, drawn instead of fixed
 
 
 def is_seed(key: str) -> bool:
@@ -49,7 +49,7 @@ class Replicates:
         """How many seeds, or which one a single trial has: `3`, `seed 1`, or nothing where no seed tells it apart."""
         if len(self.members) > 1:
             return str(len(self.members))
-        own = {key: value for key, value in self.first.labels.items() if is_seed(key)}
+        own = {key: value.strip("[]") for key, value in self.first.labels.items() if is_seed(key)}
         if len(set(own.values())) == 1:
             return f"seed {next(iter(own.values()))}"
         return " ".join(f"{key}={value}" for key, value in own.items())
@@ -64,11 +64,11 @@ class Replicates:
 
 
 def replicates(outcomes: Sequence[Outcome]) -> list[Replicates]:
-    """The outcomes, those together that differ by seed only: of one method, evaluated on one text, and done."""
+    """The outcomes, those together that differ by seed only: done, by one method, and evaluated on one text."""
     found: dict[object, list[Outcome]] = {}
     for outcome in outcomes:
         key: object = outcome.trial_id
-        if outcome.result:
+        if outcome.result and any(map(is_seed, outcome.labels)):
             labels = tuple(sorted(pair for pair in outcome.labels.items() if not is_seed(pair[0])))
             key = labels, outcome.result.evaluated, outcome.result.method_version
         found.setdefault(key, []).append(outcome)

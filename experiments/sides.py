@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from experiments import plans
+from experiments.earlier import choices_of_today
 from experiments.estimates import parts
 from experiments.identity import Identities
-from experiments.records import Task, Windows, choices_of_today
+from experiments.records import Task, Windows
 from experiments.schema import ConfigError
 from experiments.store import ResultStore
 from experiments.sweep import LABELLING_GROUPS, _flatten

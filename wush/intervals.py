@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import fmean
 from typing import Final, Literal, Protocol, get_args
 
 import numpy as np
@@ -141,9 +142,23 @@ def of_documents(outcomes: Sequence[float]) -> Interval | None:
 def paired_documents(a: Sequence[float], b: Sequence[float]) -> Interval | None:
     """The interval of B's score minus A's on the same documents, in the same order; None of fewer than two.
 
-    Only documents on which the two differ count, as in McNemar's test. Raises `ValueError` if they are not as many.
+    Only documents on which the two differ count, as in McNemar's test. Of outcomes that are all 0 or 1 it is that of
+    Agresti and Min (2005): where the two differ on a few documents only, resampling calls chance a difference. Raises
+    `ValueError` if they are not as many.
     """
-    return _of_mean([own - other for own, other in zip(b, a, strict=True)])
+    gaps = [own - other for own, other in zip(b, a, strict=True)]
+    return _of_signs(gaps) if len(gaps) > 1 and {*a, *b} <= {0, 1} else _of_mean(gaps)
+
+
+def mean_outcomes(runs: Sequence[Sequence[float]], score: float) -> list[float]:
+    """Each document's mean over runs; none where runs have no or other documents, or the score is not their mean.
+
+    A score that weighs its documents unequally, such as a mean over a group's tasks, says nothing of one document.
+    """
+    if not runs or not runs[0] or any(len(run) != len(runs[0]) for run in runs):
+        return []
+    means = [fmean(values) for values in zip(*runs, strict=True)]
+    return means if abs(fmean(means) - score) < 1e-6 else []
 
 
 @lru_cache(maxsize=1024)
@@ -218,6 +233,14 @@ def _of_mean(values: Sequence[float]) -> Interval | None:
     distinct, times = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     drawn = np.random.default_rng(SEED).multinomial(count, times / count, RESAMPLES)
     return _between(drawn @ distinct / count, count)
+
+
+def _of_signs(gaps: Sequence[float]) -> Interval:
+    """Of the mean of documents' -1, 0 and 1: Wald's, of half a document more in each of the four cells of a pair."""
+    count, gain, differing = len(gaps) + 2, math.fsum(gaps), sum(gap != 0 for gap in gaps) + 1
+    middle = gain / count
+    spread = _NORMAL * math.sqrt(differing - gain**2 / count) / count
+    return Interval(max(-1.0, middle - spread), min(1.0, middle + spread))
 
 
 def _wilson(outcomes: Sequence[float]) -> Interval:

@@ -7,13 +7,12 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from experiments.records import Record, Task
+from experiments.records import Record
 from experiments.schema import ConfigError
 from experiments.store import DamagedRecord, ResultStore
 from experiments.views.display import duration
 from experiments.views.summary import shown
 from experiments.views.values import PLUS_MINUS, facts
-from wush import intervals
 
 
 def show_trial(store: ResultStore, prefix: str) -> int:
@@ -47,7 +46,6 @@ def _print_record(console: Console, record: Record) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
         *facts(record).items(),
-        *((name, f"{task.told}{_interval(task)}") for name, task in record.tasks.items()),
         *((f"{name} took", _cost(record, name)) for name in record.stages),
         ("worst blocks", _worst(record)),
         ("ran on", f"{record.environment.get('host')}, {record.environment.get('device')}"),
@@ -58,11 +56,6 @@ def _print_record(console: Console, record: Record) -> None:
         table.add_row(name, escape(value))
     console.print(table)
     console.print(PLUS_MINUS, style="dim", highlight=False)
-
-
-def _interval(task: Task) -> str:
-    interval = intervals.of_documents(task.outcomes)
-    return f", 95% interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
 
 
 def _yaml(record: Record) -> str:

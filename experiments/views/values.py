@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from experiments.records import Metrics, Record, Result
+from experiments.records import Metrics, Record, Result, Task
 from experiments.views.selection import MEAN_OF_TASKS, task_score
 
 if TYPE_CHECKING:  # it needs NumPy, a tenth of a second that a command without numbers does not have to take
@@ -91,6 +91,13 @@ def share_told(metrics: Metrics) -> str:
     return f"{int(1000 * metrics.quantized_share + 1e-9) / 10:g}%" if 0 < metrics.quantized_share < 1 else ""
 
 
+def _interval_told(task: Task) -> str:
+    from wush import intervals
+
+    interval = intervals.of_documents(task.outcomes)
+    return f", 95% interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
+
+
 def facts(record: Record) -> dict[str, str]:
     """What a finished trial measured, with intervals, and what these numbers are of."""
     result = Result.of(record)
@@ -109,5 +116,6 @@ def facts(record: Record) -> dict[str, str]:
         "bits a weight": f"{metrics.bits_per_weight:.3f}" + (f", {share} of the weights quantized" if share else ""),
         **({"original": record.model_note} if record.model_note else {}),
         **{f"lost, {text}": f"{count:,} groups outside the format's window" for text, count in lost.items() if count},
+        **{name: f"{task.told}{_interval_told(task)}" for name, task in record.tasks.items()},
         "method": f"version {record.method_version}" + (" (old)" if result.old else ""),
     }

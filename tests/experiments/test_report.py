@@ -385,6 +385,16 @@ def test_seeds_that_change_nothing_have_the_interval_of_one_trial() -> None:
     assert re.fullmatch(r"0\.6200 ± 0\.01\d\d", table.rows[0][place])
 
 
+@pytest.mark.parametrize("key", ["seed", "calibration.seed", "transform.signs", "evaluation.seeds"])
+def test_every_key_that_only_draws_again_is_a_seed(key: str) -> None:
+    outcomes = [quantized("mxfp4", "wush", 19.0, 0.3 + i / 100, 0.1, **{key: f"[{i}]"}) for i in range(3)]
+    (row,) = tabulate(outcomes).rows
+    assert row[0] == "3"
+    assert tabulate(outcomes[:1]).rows[0][0] == "seed 0"
+    others = [quantized("mxfp4", "wush", 19.0, 0.3, 0.1, **{"quantize.seedless": str(i)}) for i in range(3)]
+    assert len(tabulate(others).rows) == 3
+
+
 def test_a_seed_that_is_not_done_keeps_its_own_row() -> None:
     first, second, third = seeds_of("h", 0.62, 0.6, 0.64)
     waiting = replace(third, result=None)

@@ -18,6 +18,7 @@ from experiments.trial import TrialRunner
 from experiments.views.report import render_report
 from experiments.views.summary import tabulate, to_markdown
 from tests.experiments.conftest import SMALL, composed
+from wush.intervals import of_documents
 from wush.progress import Silent
 
 ONE = [override for override in SMALL if not override.startswith("evaluation.")]
@@ -146,13 +147,16 @@ def test_what_can_change_a_score_is_part_of_a_trials_identity(tmp_path: Path, fo
     assert identity() != before
 
 
-def with_tasks(record: Record, **scores: float) -> Record:
-    """The record with other scores of its tasks."""
+def with_tasks(record: Record, outcomes: list[float] | None = None, **scores: float) -> Record:
+    """The record with other scores of its tasks, and the outcomes of their documents."""
     (example, *_) = record.tasks.values()
     run = example.runs[0]
     made = {
         name: example.model_copy(
-            update={"name": name, "runs": [run.model_copy(update={"values": {example.metric: score}})]}
+            update={
+                "name": name,
+                "runs": [run.model_copy(update={"values": {example.metric: score}, "outcomes": outcomes or []})],
+            }
         )
         for name, score in scores.items()
     }
@@ -177,6 +181,21 @@ def test_tables_and_reports_show_tasks_and_their_mean(tmp_path: Path, folder: Pa
     assert ">37.50<" in html
     many = outcome(with_tasks(record, **{f"t{i}": 0.5 for i in range(7)}))
     assert "| bits | tasks | time |" in to_markdown("s", tabulate([many]))
+
+
+def test_scores_have_intervals_over_their_documents(tmp_path: Path, folder: Path) -> None:
+    record = run(planned(tmp_path / "results", folder))
+    assert isinstance(record, Record)
+    one = outcome(with_tasks(record, [1.0, 0.0, 0.0, 0.0] * 25, easy=0.25))
+    interval = of_documents([1.0, 0.0, 0.0, 0.0] * 25)
+    assert interval
+    told = f"25.00 ± {100 * interval.margin(0.25):.2f}"
+    assert f"| {told}% |" in to_markdown("s", tabulate([one]))
+    html = render_report("s", [one], lambda _: with_tasks(record, [1.0, 0.0, 0.0, 0.0] * 25, easy=0.25))
+    assert told in html
+    assert f"95% interval {interval.low:.4f} to {interval.high:.4f}" in html
+    unequal = outcome(with_tasks(record, [1.0, 1.0, 0.0, 0.0], easy=0.25))
+    assert "| 25.00% |" in to_markdown("s", tabulate([unequal])), "the score is no mean of these documents"
 
 
 def test_tasks_are_compared_where_both_sides_have_the_same(tmp_path: Path, folder: Path) -> None:

@@ -206,6 +206,19 @@ def test_only_documents_on_which_two_trials_differ_count(documents: int) -> None
         paired_documents([1.0, 0.0], [1.0])
 
 
+@pytest.mark.parametrize(("gained", "lost", "clear"), [(1, 0, False), (3, 0, False), (9, 0, True), (12, 8, False)])
+def test_a_few_documents_that_differ_prove_nothing(gained: int, lost: int, clear: bool) -> None:
+    rest = [1.0, 0.0] * 100
+    a = [0.0] * gained + [1.0] * lost + rest
+    one = paired_documents(a, [1.0] * gained + [0.0] * lost + rest)
+    assert one is not None
+    assert one.clear == clear
+    same = paired_documents(rest, rest)
+    assert same is not None
+    assert not same.clear
+    assert same.high > 0
+
+
 def test_a_difference_is_clear_when_its_interval_excludes_zero() -> None:
     assert Interval(0.1, 0.2).clear
     assert Interval(-0.2, -0.1).clear
@@ -223,3 +236,31 @@ def test_many_windows_are_resampled_in_pieces_with_the_same_result(monkeypatch: 
     assert whole is not None
     assert pieces is not None
     assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), rel=1e-9)
+
+
+def test_outcomes_of_several_runs_are_averaged_where_the_score_is_their_mean() -> None:
+    assert intervals.mean_outcomes([[1.0, 0.0], [1.0, 1.0]], 0.75) == [1.0, 0.5]
+    assert intervals.mean_outcomes([[1.0, 0.0]], 0.6) == [], "a mean over a group's tasks, say"
+    assert intervals.mean_outcomes([[1.0, 0.0], [1.0]], 0.75) == []
+    assert intervals.mean_outcomes([[], []], 0.75) == []
+    assert intervals.mean_outcomes([], 0.0) == []
+
+
+def test_the_mean_of_independent_values_is_known_better_than_each() -> None:
+    one = intervals.combined([(0.5, Interval(0.4, 0.7)), (0.7, Interval(0.6, 0.9))])
+    assert (one.low, one.high) == pytest.approx((0.6 - 0.1 / 2**0.5, 0.6 + 0.2 / 2**0.5))
+    assert intervals.combined([(0.5, Interval(0.4, 0.7))]) == Interval(0.4, 0.7)
+
+
+def test_sums_are_equal_by_content_and_keep_their_intervals() -> None:
+    a = simulated(np.random.default_rng(8), 40)
+    one, other = intervals.Sums(a), intervals.Sums(a)
+    assert one == other
+    assert one.interval("kl") is one.interval("kl")
+    assert of_metric(one, "kl") == of_metric(a, "kl")
+    assert one != intervals.Sums(replace(a, kl=a.nll))
+
+
+def test_a_run_that_is_not_finite_leaves_no_interval() -> None:
+    assert of_runs([0.1, float("inf")]) is None
+    assert of_runs([0.1, float("nan"), 0.2]) is None
