@@ -1,8 +1,9 @@
 """Every committed record in one go: `python -m experiments.committed [NAME ...] [KEY=VALUE ...]`, or `make records`.
 
-Runs the main job and each experiment at its small scale, where finished trials are not run again, and copies their
-records to plots/records/NAME. `--check` copies nothing, and says which committed records are missing, of no trial that
-is run today, or other than fresh ones. Exit codes: 0 all made or alike, 1 some are not, 2 the command is wrong.
+Runs the main job, what README says beside it and each experiment at its small scale, where finished trials are not run
+again, and copies their records to plots/asides/NAME or plots/records/NAME. `--check` copies nothing, and says which
+committed records are missing, of no trial that is run today, or other than fresh ones. Exit codes: 0 all made or alike,
+1 some are not, 2 the command is wrong.
 """
 
 import argparse
@@ -20,12 +21,15 @@ from experiments.records import Record
 from experiments.store import ResultStore
 from wush.intervals import Interval, Metric, of_documents, of_metric, value
 
-RECORDS = CONF.parent / "plots" / "records"
+PLOTS = CONF.parent / "plots"
 RUN = CONF.parent / "run.py"
 # Tables 3, 6 and 7 have no records of their own: their small scales are trials of Tables 2 and 4.
 EXPERIMENTS = ("table1", "table2", "table4", "table5", "figure3", "layers")
+SIGNS = "transform.signs=0,1,2,3,4"
 SWEEPS: Final[dict[str, tuple[str, ...]]] = {
     "main": ("format=mxfp4,nvfp4", "transform=h,wush"),
+    "share": ("format=mxfp4,nvfp4", "transform=wush", "transform.share=false,true", SIGNS),
+    "refit": ("format=mxfp4", "transform=wush", "algorithm=gptq", "transform.refit=true,false", SIGNS),
     **{name: (f"experiment={name}", "scale=small") for name in EXPERIMENTS},
 }
 METRICS: tuple[Metric, ...] = ("kl", "perplexity", "top1")
@@ -53,17 +57,22 @@ def _one(name: str, overrides: Sequence[str], results: Path, check: bool) -> int
         print(f"{name}: not all of its trials are done; go on with the same command", file=sys.stderr)
         return code
     store = ResultStore(results)
-    fresh = _fresh(store, sweep)
+    fresh, folder = _fresh(store, sweep), folder_of(name)
     if check:
-        found = list(differences(_committed(RECORDS / name), fresh))
+        found = list(differences(_committed(folder), fresh))
         print("\n".join(f"{name}: {one}" for one in found) or f"{name}: {len(fresh)} records alike")
         return 1 if found else 0
-    commands.export(store, sweep, RECORDS / name)
-    for path in (RECORDS / name).glob("*.json"):
+    commands.export(store, sweep, folder)
+    for path in folder.glob("*.json"):
         if path.stem not in fresh:
             path.unlink()
             print(f"{name}: {path.name} removed, of no trial that is run today")
     return 0
+
+
+def folder_of(name: str) -> Path:
+    """Where the records of a sweep are kept."""
+    return PLOTS / ("records" if name in EXPERIMENTS else "asides") / name
 
 
 def differences(committed: Mapping[str, Record], fresh: Mapping[str, Record]) -> Iterator[str]:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from plots import bound, claims, speeds, verdicts
+from plots import asides, bound, claims, speeds, verdicts
 from plots.chosen import chosen, ordered
 from plots.heatmap import ABSENT, with_losses
 from plots.numbers import Number
-from plots.records import COMMITTED, Records, Trial, load
+from plots.records import Records, Trial, load
 from plots.settings import ALGORITHMS, FORMATS, Method, Selection, Setting, select, select_by
 from plots.style import Absent
 from plots.tables.divergence import usable
@@ -21,7 +21,7 @@ from plots.tables.render import number as told_number
 from plots.tables.table import INTERVALS, NOT_RUN, particular
 
 README = Path(__file__).parents[1] / "README.md"
-MAIN = COMMITTED / "main"  # the four trials of `make sweep`
+MAIN = asides.FOLDER / "main"  # the four trials of `make sweep`
 MODEL = "smollm2_135m"
 MAIN_JOB = [(fmt, "rtn", transform) for fmt in ("mxfp4", "nvfp4") for transform in ("h", "wush")]
 KL_TRANSFORMS = ("i", "h", "sq", "wus", "wush")
@@ -203,6 +203,8 @@ BLOCKS: Final[dict[str, Callable[[Records], str]]] = {
     "verdicts": verdict_table,
     "theory": theory_table,
     "claims": claims.table,
+    "choices": lambda _: asides.choices(),
+    "machines": lambda _: asides.machines(),
     "kernels": lambda _: speeds.kernels(),
     "speed": lambda _: speeds.promises(),
 }

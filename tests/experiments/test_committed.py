@@ -85,7 +85,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             (folder / f"{trial_id}.json").write_text(one.model_dump_json())
         return 0
 
-    monkeypatch.setattr(committed, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(committed, "PLOTS", tmp_path)
     monkeypatch.setattr(committed.subprocess, "run", run)
     monkeypatch.setattr(committed.commands, "export", export)
     monkeypatch.setattr(committed, "_fresh", lambda store, sweep: state["fresh"])
@@ -136,4 +136,4 @@ def test_a_sweep_that_is_not_done_is_not_copied(tmp_path: Path, made: dict[str, 
 
 def test_an_unknown_name_is_told_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
     assert committed.main(["table3"]) == 2
-    assert capsys.readouterr().err.startswith("no records of table3; choose from main, table1")
+    assert capsys.readouterr().err.startswith("no records of table3; choose from main, share")
