@@ -117,6 +117,11 @@ def evaluate(
     activations that a format's window lost, or that lost bits as FP8.
     """
     _check_windows(model, windows)
+    if original.shape[:-1] != windows.shape:
+        raise ValueError(
+            f"states {tuple(original.shape)} are not those of windows {tuple(windows.shape)}: pass what "
+            "original_states returned for the same windows"
+        )
     flushed = flushed_groups(_device(model))
     sums: list[_Window | None] = [None] * len(windows)
     with counting(model) as count:

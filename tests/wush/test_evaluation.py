@@ -179,6 +179,16 @@ def test_a_head_that_is_not_fed_one_state_a_token_is_refused(feed: str, generato
         wush.original_states(OddHead(model(), ODD[feed]), windows(generator))
 
 
+@pytest.mark.parametrize("part", [(slice(3), slice(None)), (slice(None), slice(8))])
+def test_states_of_other_windows_are_an_error(part: tuple[slice, slice], generator: torch.Generator) -> None:
+    own, ids = model(), windows(generator)
+    states = wush.original_states(own, ids)
+    with pytest.raises(ValueError, match="are not those of windows"):
+        wush.evaluate(own, ids[part], states)
+    with pytest.raises(ValueError, match="are not those of windows"):
+        wush.evaluate(own, ids, states[part])
+
+
 def test_a_quantized_model_is_no_original(generator: torch.Generator) -> None:
     own, ids = model(), windows(generator)
     wush.quantize(own, [ids], format=wush.MXFP4, transform=wush.Hadamard(), algorithm=wush.Rtn(), blocks=[1])
