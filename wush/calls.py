@@ -41,6 +41,11 @@ class Arguments:
         return block(*self.args[: self.hidden], hidden, *self.args[self.hidden :], **self.kwargs)
 
 
+def input_of(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What an `nn.Linear` is called with, by position or by its keyword."""
+    return args[0] if args else kwargs["input"]
+
+
 class _Hidden:
     """Stands for the hidden states in what a block returns."""
 

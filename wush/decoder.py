@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wush.calls import HIDDEN, Arguments, alike, exchanged, hidden_of, template
+from wush.calls import HIDDEN, Arguments, alike, exchanged, hidden_of, input_of, template
 from wush.errors import UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def linear_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, list
     versions: list[tuple[str, Tensor, int]] = []
 
     def keep(name: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = args[0] if args else kwargs["input"]
+        x = input_of(args, kwargs)
         seen[name].append(x)
         if not x.is_inference():
             versions.append((name, x, x._version))

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wush.backends import flushed_groups
+from wush.calls import input_of
 from wush.decoder import check_windows
 from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
+from wush.linear import QuantLinear
 from wush.lost import Lost, counting, warn
 from wush.modes import in_evaluation_mode
 from wush.plain import check_plain
 from wush.progress import Progress, Silent
-from wush.texts import Batch, batches
+from wush.texts import PAD, Batch, batches
 from wush.transforms import apply_blocks
 
 log = logging.getLogger(__name__)
@@ -72,15 +74,20 @@ def original_states(
     that the model has no tokens or positions for.
     """
     check_plain(model)
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise UnsupportedModelError(f"{type(model).__name__} is quantized, and no original; load that again")
     _check_windows(model, windows)
     head, device = _lm_head(model), _device(model)
     seen: list[Tensor] = []
     found: Tensor | None = None
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].cpu()))
+    handle = head.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(input_of(args, kwargs).cpu()), with_kwargs=True
+    )
     try:
         for batch in _tracked(windows, batch_size, "original model", progress):
             model(input_ids=batch.ids.to(device), use_cache=False)
-            states = seen.pop()
+            states = _states(model, seen, batch.ids)
+            seen.clear()
             if found is None:
                 found = states.new_zeros(*windows.shape, states.shape[-1])
             found[batch.rows, : batch.ids.shape[1]] = states
@@ -110,6 +117,11 @@ def evaluate(
     activations that a format's window lost, or that lost bits as FP8.
     """
     _check_windows(model, windows)
+    if original.shape[:-1] != windows.shape:
+        raise ValueError(
+            f"states {tuple(original.shape)} are not those of windows {tuple(windows.shape)}: pass what "
+            "original_states returned for the same windows"
+        )
     flushed = flushed_groups(_device(model))
     sums: list[_Window | None] = [None] * len(windows)
     with counting(model) as count:
@@ -265,6 +277,17 @@ def _device(model: nn.Module) -> torch.device:
     return next(_lm_head(model).parameters()).device
 
 
+def _states(model: nn.Module, fed: list[Tensor], ids: Tensor) -> Tensor:
+    """What the head was fed for token ids `(B, M)`; refused unless it is one state a token, all at once."""
+    if len(fed) == 1 and fed[0].shape[:-1] == ids.shape:
+        return fed[0]
+    shapes = ", ".join(str(tuple(states.shape)) for states in fed) or "nothing"
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: its forward feeds its LM head {shapes} for token ids {tuple(ids.shape)}; states "
+        "(B, M, D), once a forward, are what can be compared"
+    )
+
+
 def _lm_head(model: nn.Module) -> nn.Module:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -275,6 +298,8 @@ def _lm_head(model: nn.Module) -> nn.Module:
 def _check_windows(model: nn.Module, windows: Tensor) -> None:
     if not len(windows):
         raise ValueError("no windows to evaluate on; pass token ids (W, M)")
+    if int((windows != PAD).sum(1).max()) < 2:
+        raise ValueError("evaluation: windows of one token predict none; set evaluation.window_length=2 or more")
     check_windows(model, [batch.ids for batch in batches(windows, len(windows))], "evaluation")
 
 
@@ -287,10 +312,13 @@ def _tracked(windows: Tensor, size: int, what: str, progress: Progress | None) -
 def _joined_at_head(model: nn.Module, original: Tensor) -> Iterator[None]:
     """While open, the head is fed the model's own states and, behind them in the batch, the original's."""
 
-    def join(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (torch.cat([args[0], original.to(args[0])]),)
+    def join(
+        _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> tuple[tuple[Tensor], dict[str, Tensor]]:
+        own = input_of(args, kwargs)
+        return (torch.cat([own, original.to(own)]),), {}
 
-    handle = _lm_head(model).register_forward_pre_hook(join)
+    handle = _lm_head(model).register_forward_pre_hook(join, with_kwargs=True)
     try:
         yield
     finally:

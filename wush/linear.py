@@ -80,11 +80,11 @@ class QuantLinear(nn.Module):
         """The weight that forward multiplies with: of all layers it is joined with, or its own."""
         return self.joint.weight if self.joint is not None and self.joint.whole else self.own
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
+    def forward(self, input: Tensor) -> Tensor:  # the name by which callers of nn.Linear may pass it
+        self._check(input)
         if self.joint is not None:
-            return self.joint.output(x, self)
-        return linear(x, self.own, self.settings)
+            return self.joint.output(input, self)
+        return linear(input, self.own, self.settings)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

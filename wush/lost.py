@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wush.calls import input_of
 from wush.formats import Format
 from wush.linear import QuantLinear
 from wush.operands import transformed
@@ -73,7 +74,9 @@ def counting(module: nn.Module) -> Iterator[Count]:
     """While open, what the `QuantLinear`s of a module lose of their inputs is counted, by their names within it."""
     count, layers = Count(), {n: m for n, m in module.named_modules() if isinstance(m, QuantLinear)}
     handles = [
-        layer.register_forward_pre_hook(lambda layer, args, name=name: count.add(name, layer, args[0]))
+        layer.register_forward_pre_hook(
+            lambda layer, args, kwargs, name=name: count.add(name, layer, input_of(args, kwargs)), with_kwargs=True
+        )
         for name, layer in layers.items()
         if layer.format.window(layer.input_scale) is not None
     ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from wush.calls import input_of
 from wush.decoder import BlockCalls, find_blocks, known_route, record_calls, run_block
 from wush.errors import NumericError
 from wush.linear import QuantLinear
@@ -130,7 +131,9 @@ class _Pair:
             if wanted
         }
         handles = [
-            one.original.register_forward_hook(lambda _, args, output, one=one: one.add(args[0], output))
+            one.original.register_forward_hook(
+                lambda _, args, kwargs, output, one=one: one.add(input_of(args, kwargs), output), with_kwargs=True
+            )
             for one in compared.values()
         ]
         try:

@@ -23,14 +23,14 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from wush.plain import check_plain, is_packed
-from wush.stored import tensors_of, tensors_of_gguf
+from wush.stored import tensors_of, tensors_of_gguf, tensors_of_pickle
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 # Files in which other libraries say that a checkpoint is quantized, beside its config.json or instead of it.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 # Safetensors' names of what no original's weight is stored in.
-PACKED_DTYPES = ("F8", "F6", "F4", "I8", "U8", "I32", "I64")
+PACKED_DTYPES = ("F8", "F6", "F4", "I", "U")
 GGUF_FLOATS = ("F64", "F32", "F16", "BF16")
 NAMED = 5  # tensors, in an error
 
@@ -217,12 +217,15 @@ def _refuse_quantized(what: str, config: Any) -> None:
 
 
 def _refuse_packed(what: str, folder: Path) -> None:
-    """Refuse a checkpoint whose files say that it is quantized, or whose weights are stored in 8 bits or less."""
+    """Refuse a checkpoint whose files say that it is quantized, or whose weights are stored as no wide floats."""
     for name in QUANTIZATION_FILES:
         if (folder / name).is_file():
             raise ValueError(_quantized(what, f"it has a {name}"))
     with _readable(what):
         stored = [tensor for path in sorted(folder.glob("*.safetensors")) for tensor in tensors_of(path)]
+        # What loads where there are no safetensors.
+        pickles = [] if stored else sorted(folder.glob("pytorch_model*.bin"))
+        stored += [tensor for path in pickles for tensor in tensors_of_pickle(path)]
     for tensor in stored:
         if is_packed(tensor.name):
             raise ValueError(_quantized(what, f"its checkpoint holds {tensor.name}"))

@@ -76,6 +76,8 @@ class SecondMoment:
 
     def add(self, x: Tensor) -> None:
         """Accumulate inputs `(..., M, I)`; on a CPU one product a leading index, so that batching changes no bit."""
+        if not x.numel():
+            return
         x_bmi = x.detach().reshape(-1, *x.shape[-2:])
         if self._by_kernel:
             from wush_kernels.second_moment import second_moment
@@ -86,7 +88,7 @@ class SecondMoment:
             for x_mi in windows.float():
                 x_ngm = x_mi.unflatten(1, (-1, self._block_size)).permute(1, 2, 0)
                 self._sums_ngg += x_ngm @ x_ngm.mT
-        if self._peaks_i is not None and x_bmi.numel():
+        if self._peaks_i is not None:
             self._peaks_i = torch.maximum(self._peaks_i, x_bmi.abs().amax((0, 1)).double())
         self.tokens += x_bmi.shape[0] * x_bmi.shape[1]
         self.forget()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from wush.errors import UnsupportedModelError
@@ -73,6 +74,8 @@ def why_no_plain_linear(linear: nn.Linear) -> str:
 def _hooks(module: nn.Module) -> Iterator[Mapping[int, object]]:
     yield module._forward_hooks
     yield module._forward_pre_hooks
+    yield torch_module._global_forward_hooks  # of every module, and not of a QuantLinear as of an nn.Linear
+    yield torch_module._global_forward_pre_hooks
 
 
 def _only_records(hook: object) -> bool:

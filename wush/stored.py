@@ -1,7 +1,8 @@
-"""What a file of weights holds, read from its header alone: safetensors and GGUF."""
+"""What a file of weights holds, read without its values: safetensors, GGUF, and what `torch.save` writes."""
 
 import json
 import struct
+import zipfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -40,6 +41,26 @@ def tensors_of(path: Path) -> list[Stored]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no safetensors file, or damaged") from error
+
+
+def tensors_of_pickle(path: Path) -> list[Stored]:
+    """The tensors of a file that `torch.save` wrote, dtypes as in a safetensors file; their values are not read.
+
+    Raises whatever torch says of a file that is damaged or holds more than tensors.
+    """
+    import torch
+
+    content = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return [
+        Stored(name, _short(str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in content.items()
+        if isinstance(tensor, torch.Tensor)
+    ]
+
+
+def _short(dtype: str) -> str:
+    """A dtype of torch as safetensors name it: I8 of torch.int8, BF16 of torch.bfloat16."""
+    return dtype.removeprefix("torch.").upper().replace("FLOAT", "F").replace("INT", "I")
 
 
 def tensors_of_gguf(path: Path) -> list[Stored]:

@@ -179,8 +179,8 @@ def _tensors(block: nn.Module) -> dict[str, Tensor]:
 def _note_unrun(done: BlockReport, names: list[str], report: QuantizationReport) -> None:
     """Put linears that the calibration did not reach into the report."""
     for missing in sorted(set(names) - {layer.name for layer in done.layers}, key=names.index):
-        report.skipped[f"{done.name}.{missing}"] = "the block's forward does not run it"
-        log.warning("%s.%s: not quantized, the block's forward does not run it", done.name, missing)
+        report.skipped[f"{done.name}.{missing}"] = "no calibration token reaches it"
+        log.warning("%s.%s: not quantized, no calibration token reaches it", done.name, missing)
 
 
 def _record_batches(
@@ -214,10 +214,10 @@ def _calibrate(
 
 
 def _by_input(seen: dict[str, list[Tensor]]) -> list[list[str]]:
-    """The linears that ran, those fed by the same tensors together."""
+    """The linears that tokens reached, those fed by the same tensors together."""
     by_tensors: dict[tuple[int, ...], list[str]] = {}
     for linear, inputs in seen.items():
-        if inputs:
+        if any(x.numel() for x in inputs):  # else an expert to which none went
             by_tensors.setdefault(tuple(id(x) for x in inputs), []).append(linear)
     return list(by_tensors.values())
 

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +140,77 @@ def test_padding_enters_no_sum(batch_size: int, generator: torch.Generator) -> N
 def test_no_windows_are_an_error(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="no windows to evaluate"):
         wush.original_states(model(), windows(generator)[:0])
+
+
+def test_windows_that_predict_nothing_are_an_error(generator: torch.Generator) -> None:
+    own, ids = model(), windows(generator)
+    with pytest.raises(ValueError, match="windows of one token predict none"):
+        wush.original_states(own, ids[:, :1])
+    ids[0, 1:] = PAD
+    assert wush.evaluate(own, ids, wush.original_states(own, ids)).windows.predictions == [0, 11, 11, 11, 11]
+
+
+class OddHead(nn.Module):
+    """A forward that feeds its head what `feed` makes of the hidden states, or leaves it alone."""
+
+    def __init__(self, own: nn.Module, feed: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own, self.feed = own, feed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.own.lm_head
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        hidden = self.own.model(input_ids, use_cache=use_cache).last_hidden_state
+        return SimpleNamespace(logits=self.feed(self.own.lm_head, hidden))
+
+
+ODD: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "last": lambda head, hidden: head(hidden[:, -1:]),
+    "flat": lambda head, hidden: head(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1),
+    "twice": lambda head, hidden: head(hidden) + 0 * head(hidden.flip(0)),
+    "never": lambda head, hidden: F.linear(hidden, head.weight),
+}
+
+
+@pytest.mark.parametrize("feed", ODD)
+def test_a_head_that_is_not_fed_one_state_a_token_is_refused(feed: str, generator: torch.Generator) -> None:
+    with pytest.raises(wush.UnsupportedModelError, match=r"feeds its LM head .* for token ids \(4, 12\)"):
+        wush.original_states(OddHead(model(), ODD[feed]), windows(generator))
+
+
+@pytest.mark.parametrize("part", [(slice(3), slice(None)), (slice(None), slice(8))])
+def test_states_of_other_windows_are_an_error(part: tuple[slice, slice], generator: torch.Generator) -> None:
+    own, ids = model(), windows(generator)
+    states = wush.original_states(own, ids)
+    with pytest.raises(ValueError, match="are not those of windows"):
+        wush.evaluate(own, ids[part], states)
+    with pytest.raises(ValueError, match="are not those of windows"):
+        wush.evaluate(own, ids, states[part])
+
+
+def test_a_quantized_model_is_no_original(generator: torch.Generator) -> None:
+    own, ids = model(), windows(generator)
+    wush.quantize(own, [ids], format=wush.MXFP4, transform=wush.Hadamard(), algorithm=wush.Rtn(), blocks=[1])
+    with pytest.raises(wush.UnsupportedModelError, match="is quantized, and no original"):
+        wush.original_states(own, ids)
+
+
+class KeywordHead(nn.Linear):
+    """A head that is called by keyword."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(input=x)
+
+
+def test_a_head_may_be_called_by_keyword(generator: torch.Generator) -> None:
+    original, ids = model(), windows(generator)
+    other, states = perturbed(original), wush.original_states(original, ids)
+    exact = wush.evaluate(other, ids, states)
+    for one in (original, other):
+        one.lm_head.__class__ = KeywordHead
+    assert torch.equal(wush.original_states(original, ids), states)
+    assert wush.evaluate(other, ids, states) == exact
 
 
 def test_windows_that_the_model_cannot_take_are_refused_before_anything_runs(generator: torch.Generator) -> None:

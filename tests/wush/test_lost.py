@@ -56,6 +56,32 @@ def test_groups_are_counted_by_what_becomes_of_them(g: float, transform: str, ge
     assert min(clipped, flushed) > 0
 
 
+class Keyword(nn.Module):
+    """An MLP, or a head, that calls its linear by keyword."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(input=x)
+
+
+@pytest.mark.parametrize("fmt", [wush.MXFP4, wush.NVFP4, CALIBRATED])
+def test_linears_may_be_called_by_keyword(fmt: wush.Format, generator: torch.Generator) -> None:
+    found = []
+    for by_keyword in (False, True):
+        original, ids = tiny("llama"), tokens(generator.manual_seed(0))
+        for block in original.model.layers if by_keyword else ():
+            block.mlp.down_proj = Keyword(block.mlp.down_proj)
+        model = copy.deepcopy(original)
+        states = wush.original_states(model, ids)
+        quantize(model, ids, fmt)
+        measured = wush.measure(original, model, ids, layer_losses=True)
+        found.append((wush.evaluate(model, ids, states).kl, [list(one.losses.values()) for one in measured]))
+    assert found[0] == found[1]
+
+
 def test_the_window_is_that_of_the_format_s_numbers() -> None:
     low, high = wush.NVFP4.window(0.1)
     assert high == pytest.approx(268.8)

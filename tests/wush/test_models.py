@@ -218,6 +218,27 @@ def test_packed_and_scaled_weights_are_refused_whatever_the_config_says(
         load_pretrained(rewritten(folder, change), "float32", "cpu")
 
 
+def int16(tensors: dict[str, Tensor]) -> None:
+    tensors[DOWN] = tensors[DOWN].to(torch.int16)
+
+
+# Torch does not read FP8 from its older files.
+@pytest.mark.parametrize(
+    ("change", "zipped"), [(fp8, True), (int8, True), (int8, False), (int16, True), (scaled, True), (packed, False)]
+)
+def test_pickled_checkpoints_are_looked_into_as_well(
+    change: Callable[[dict[str, Tensor]], None], zipped: bool, folder: Path
+) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    load_pretrained(str(folder), "float32", "cpu")
+    change(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"is quantized already \(.*model\.layers\.1\.mlp\.down_proj"):
+        load_pretrained(str(folder), "float32", "cpu")
+
+
 def test_a_quantization_config_of_null_says_nothing(folder: Path) -> None:
     load_pretrained(configured(folder, quantization_config=None), "float32", "cpu")
 

@@ -98,6 +98,20 @@ NOT_PLAIN: dict[Callable[[nn.Linear], nn.Module], str] = {
 }
 
 
+@pytest.mark.parametrize("pre", [True, False])
+def test_hooks_of_every_module_are_of_linears_too(pre: bool, generator: torch.Generator) -> None:
+    """They run with an `nn.Linear`, and would not know a quantized layer for one."""
+    register = (
+        nn.modules.module.register_module_forward_pre_hook if pre else nn.modules.module.register_module_forward_hook
+    )
+    handle = register(lambda *_: None)
+    try:
+        with pytest.raises(wush.UnsupportedModelError, match=r"no plain nn\.Linear"):
+            quantize(tiny(), tokens(generator))
+    finally:
+        handle.remove()
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("change", NOT_PLAIN)
 def test_a_linear_that_does_something_else_stays_and_is_reported(
