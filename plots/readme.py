@@ -140,7 +140,7 @@ def _algorithm(one: Method) -> str:
 
 
 def _main_cells(setting: Setting) -> list[str]:
-    stages = setting.first.stages.items()  # the main job has no tasks, which Table 2's trials of the same methods answer
+    stages = setting.first.stages.items()  # without tasks: Table 2's trials of the same methods answer some
     seconds = sum(stage.seconds for name, stage in stages if not name.startswith("task "))
     gap, top1 = setting.metric("gap"), setting.metric("top1").scaled(100)
     return [
