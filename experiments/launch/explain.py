@@ -38,7 +38,11 @@ def unknown_key(full_key: str, known: Collection[str]) -> str:
         return f"{full_key}: the chosen hydra/launcher has no such key; see conf/hydra/launcher/ for those of each"
     parent = full_key.rpartition(".")[0]
     siblings = sorted(key for key in known if key.rpartition(".")[0] == parent)
-    close = difflib.get_close_matches(full_key, known, 1)
+    if parent in known:  # the names alone: with its group before it, any key of the group would look alike
+        names = [key.rpartition(".")[2] for key in siblings]
+        close = [f"{parent}.{name}" for name in difflib.get_close_matches(full_key.rpartition(".")[2], names, 1)]
+    else:
+        close = difflib.get_close_matches(full_key, known, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     valid = ", ".join(key.rpartition(".")[2] for key in siblings) or "nothing"
     return f"{full_key}: unknown key{hint} ({parent or 'the config'} has: {valid})"

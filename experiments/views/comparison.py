@@ -22,8 +22,8 @@ SETTINGS_SHOWN = 40
 TRIALS_SHOWN = 3
 REASONS_SHOWN = 6
 LEGEND = (
-    "B - A ± 95% interval, bootstrapped over the windows (a task's documents) of one pair, Student's t over several; "
-    "* excludes 0"
+    "B - A ± 95% interval, bootstrapped over the windows (a task's documents) of one pair, Student's t of under 30 "
+    "windows and over several pairs; * excludes 0"
 )
 
 

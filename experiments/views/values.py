@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # it needs NumPy, a tenth of a second that a command without 
 
 # The one form in which intervals are shown, and what it means.
 PLUS_MINUS = (
-    "±: 95% interval, bootstrapped over a trial's windows (a task's documents), and Student's t for a mean over seeds"
+    "±: 95% interval, bootstrapped over a trial's windows (a task's documents), Student's t of under 30 windows "
+    "and for a mean over seeds"
 )
 MOST_ROWS = 500  # of single trials: of more none is bootstrapped, which would take seconds
 _OF: dict[Metric, Callable[[Metrics], float]] = {

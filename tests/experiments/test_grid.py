@@ -153,6 +153,14 @@ def test_every_unknown_option_is_listed_once(loader: ConfigLoader) -> None:
     assert sorted(names) == ["algorithm=qptq", "format=mxfp5", "format=nvfp5", "transform=hh"]
 
 
+def test_a_key_that_the_chosen_option_lacks_is_not_corrected_to_its_group_or_another_key(loader: ConfigLoader) -> None:
+    assert problems(loader, "transform=h", "transform.signs=1") == [
+        "transform.signs: unknown key (transform has: nothing)"
+    ]
+    (text,) = problems(loader, "calibration.cut=crops")
+    assert text.startswith("calibration.cut: unknown key (calibration has: batch_size,")
+
+
 def test_unknown_options_keys_and_wrong_values_come_together(loader: ConfigLoader) -> None:
     found = problems(
         loader,

@@ -65,13 +65,13 @@ def test_a_block_is_made_anew_and_the_text_around_it_stays(name: str, records: R
 def test_the_main_jobs_block_is_of_its_own_records_with_machine_versions_and_intervals(records: Records) -> None:
     made = rewritten(text("main"), records)
     lines = [line for line in made.splitlines() if line.startswith("|")]
-    assert lines[0] == "| format | transform | perplexity | vs original | KL | top-1 | bits | time |"
+    assert lines[0] == "| format | transform | perplexity | vs original | KL | top-1, % | bits | time |"
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| mxfp4", "h"], ["| mxfp4", "wush"], ["| nvfp4", "h"], ["| nvfp4", "wush"],
     ]  # fmt: skip
     margin = 3.182 * 0.0258199 / 2  # Student's t of three degrees of freedom
     assert f"| 0.3300 ± {margin:.4f} |" in lines[3]
-    assert lines[3].endswith("| 80.0 ± 0.0% | 4.25 | 3 min 0 s |")
+    assert lines[3].endswith("| 80.0 ± 0.0 | 4.25 | 3 min 0 s |")
     assert "The original model's perplexity is 20.000." in made
     assert "4 trials on AMD EPYC, 2 cores (Python 3.11, torch 2.13.0), 100 predictions each." in made
     assert "±: 95% intervals" in made
