@@ -152,8 +152,9 @@ def _relevant(key: str, value: Any, refits: bool) -> Any:
         return {name: own for name, own in value.items() if name not in NEUTRAL_OF_TEXT}
     if key == "quantize":
         return value | {name: _set(value[name]) for name in ("blocks", "exclude") if value.get(name)}
-    without = ("refit",) if key == "transform" and not refits else ()
-    return {name: own for name, own in value.items() if name not in without} if without else value
+    if key == "transform" and not refits:
+        value = {name: own for name, own in value.items() if name != "refit"}
+    return _whole(value)
 
 
 def is_baseline(config: dict[str, Any]) -> bool:

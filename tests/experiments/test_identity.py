@@ -121,6 +121,8 @@ def test_what_is_written_otherwise_and_means_the_same_is_one_trial() -> None:
         ("quantize.blocks=[1,0]", "quantize.blocks=[0,1,1]"),
         ("quantize.exclude=[a,b]", "quantize.exclude=[b,a,b]"),
         ("transform.refit=true", "transform.refit=false"),
+        ("transform.power=1", "transform.power=1.0"),
+        ("transform.power=0", "transform.power=0.0"),
     ]
     for one, other in same:
         assert trial_id(config(one)) == trial_id(config(other)), one
