@@ -1,13 +1,15 @@
 """How long the paper's experiments are going to take on GPUs: `python -m experiments.benchmarks.hours COSTS`.
 
 From `cost`'s record: seconds of a decoder block, scaled by the weights of a model's linears. What is not measured is
-listed here: the shapes of the paper's models, and about how many tokens its evaluations read and write.
+listed here: the shapes of the paper's models, and about how many tokens its evaluations read and write. What the small
+scale took is in the committed records.
 """
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from experiments.benchmarks.cost import Costs
 from experiments.estimates import linears
 from experiments.identity import is_baseline, text_of
 from experiments.launch import grid
+from experiments.records import Record
 from experiments.store import write_atomically
 from experiments.trial import Trial
 
 README = CONF.parent / "experiments" / "README.md"
+RECORDS = CONF.parent / "plots" / "records"
 BEGIN, END = "<!-- hours: made by python -m experiments.benchmarks.hours -->", "<!-- /hours -->"
 
 
@@ -151,11 +155,37 @@ def table(costs: Costs, experiments: Iterable[str]) -> str:
         trials = trials_of(name, "paper")
         models = ", ".join(dict.fromkeys(f"`{trial.choices['model']}`" for trial in trials))
         total = sum(hours(trial, costs) for trial in trials)
-        small = len(trials_of(name, "small"))
+        small = _small_scale(trials_of(name, "small"))
         command = f"`python run.py -m experiment={name} hydra/launcher=slurm`"
         shown = "under 0.1" if total < 0.1 else f"{total:,.1f}" if total < 10 else f"{total:,.0f}"
-        lines.append(f"| {ITEMS[name]} | {models} | {len(trials)} | {shown} | {small} trials | {command} |")
+        lines.append(f"| {ITEMS[name]} | {models} | {len(trials)} | {shown} | {small} | {command} |")
     return "\n".join(lines)
+
+
+def _small_scale(trials: Sequence[Trial]) -> str:
+    """How many trials, and what they took by the committed records, if all of them are there."""
+    count = f"{len(trials)} trials"
+    records = [record for trial in trials if (record := _records().get(trial.trial_id))]
+    if len(records) < len(trials):
+        return count
+    minutes = sum(stage.seconds for record in records for stage in record.stages.values()) / 60
+    devices = sorted({record.environment["device"].removeprefix("cpu: ") for record in records})
+    return f"{count}, {minutes:,.0f} min on {' and '.join(devices)}"
+
+
+@functools.cache
+def _records() -> dict[str, Record]:
+    """The committed records of all experiments, by trial."""
+    return {path.stem: Record.model_validate_json(path.read_bytes()) for path in RECORDS.glob("*/*.json")}
+
+
+def rewritten(text: str, costs: Costs) -> str:
+    """The text with the table between its marks made anew; raises `ValueError` for one without marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n\n{table(costs, ITEMS)}\n\n{END}{after}"
 
 
 def main() -> int:
@@ -164,11 +194,10 @@ def main() -> int:
     parser.add_argument("costs", type=Path, metavar="COSTS", help="a record of experiments.benchmarks.cost")
     arguments = parser.parse_args()
     costs = Costs.model_validate(json.loads(arguments.costs.read_bytes()))
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        parser.error(f"{README} has no {BEGIN} … {END}")
-    write_atomically(README, f"{before}{BEGIN}\n\n{table(costs, ITEMS)}\n\n{END}{after}")
+    try:
+        write_atomically(README, rewritten(README.read_text(encoding="utf-8"), costs))
+    except ValueError as error:
+        parser.error(f"{README}: {error}")
     return 0
 
 
