@@ -29,12 +29,12 @@ def choices() -> str:
 
 def machines() -> str:
     """KL of the main job's trials on each machine that has run them."""
-    found = {_name(records): records for records in map(_records, sorted(FOLDER.glob("main*")))}
-    trials = {trial.trial_id: trial for records in found.values() for trial in records.trials}
-    head = ["format", "transform", *found]
+    found = [_records(folder) for folder in sorted(FOLDER.glob("main*"))]
+    trials = {trial.trial_id: trial for records in found for trial in records.trials}
+    head = ["format", "transform", *map(_name, found)]
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(found)]
     for trial_id, trial in sorted(trials.items(), key=lambda pair: (pair[1].format, str(pair[1].transform))):
-        own = [{one.trial_id: one for one in records.trials}.get(trial_id) for records in found.values()]
+        own = [{one.trial_id: one for one in records.trials}.get(trial_id) for records in found]
         cells = ["not run" if one is None else _kl(one) for one in own]
         lines.append(f"| {trial.format} | {trial.transform} | {' | '.join(cells)} |")
     return "\n".join(lines)
