@@ -20,19 +20,21 @@ CHOICES = {"share": ("share", False, True), "refit": ("refit", True, False)}
 def choices() -> str:
     """What each choice changes in KL, a line a choice and format."""
     rows = [row for folder in CHOICES for row in _choice(folder)]
-    lines = [
-        "| choice | algorithm | format | KL without | KL with | difference | bits |",
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    head = "| choice | algorithm | format | KL without | KL with | difference | bits |"
+    lines = [head, "|---|---|---|---:|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
+    trials = [trial for folder in CHOICES for trial in _records(FOLDER / folder).trials]
+    where = " and ".join(sorted({trial.device.removeprefix("cpu: ") for trial in trials}))
+    told = (
+        f"{len(trials)} trials on {where}. ±: the 95% interval of the mean of differences paired by signs, Student's t."
+    )
+    return "\n".join([*lines, "", told])
 
 
 def machines() -> str:
     """KL of the main job's trials on each machine that has run them."""
     found = [_records(folder) for folder in sorted(FOLDER.glob("main*"))]
     trials = {trial.trial_id: trial for records in found for trial in records.trials}
-    head = ["format", "transform", *map(_name, found)]
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(found)]
+    lines = [f"| format | transform | {' | '.join(map(_name, found))} |", "|---|---|" + "---:|" * len(found)]
     for trial_id, trial in sorted(trials.items(), key=lambda pair: (pair[1].format, str(pair[1].transform))):
         own = [{one.trial_id: one for one in records.trials}.get(trial_id) for records in found]
         cells = ["not run" if one is None else _kl(one) for one in own]

@@ -12,7 +12,7 @@ from typing import Final
 from plots import asides, bound, claims, speeds, verdicts
 from plots.chosen import chosen, ordered
 from plots.heatmap import ABSENT, with_losses
-from plots.numbers import Number
+from plots.numbers import Number, difference
 from plots.records import Records, Trial, load
 from plots.settings import ALGORITHMS, FORMATS, Method, Selection, Setting, select, select_by
 from plots.style import Absent
@@ -89,7 +89,7 @@ def main_table(records: Records) -> str:
 
 
 def kl_table(records: Records) -> str:
-    """KL of every format and algorithm by transform, the lowest of a line in bold."""
+    """KL of every format and algorithm by transform; in bold a line's lowest, and what is not clearly above it."""
     found = _of_model(records).settings
     kinds = {(one[0], _algorithm(one)) for one in found}
     lines = [_row(("format", "algorithm", *KL_TRANSFORMS)), "|---|---|" + "---:|" * len(KL_TRANSFORMS)]
@@ -163,15 +163,21 @@ def _kl_cells(found: dict[Method, Setting], fmt: str, algorithm: str) -> list[st
         for one, setting in found.items()
         if (one[0], _algorithm(one)) == (fmt, algorithm) and (transform := str(setting.first.transform))
     }
-    least = min((number.mean for number in own.values()), default=None)
+    least = min(own.values(), key=lambda number: number.mean)
 
     def cell(transform: str) -> str:
         if transform not in own:
             return NOT_RUN
         text = told_number(own[transform], 3)
-        return f"**{text}**" if own[transform].mean == least and len(own) > 1 else text
+        return f"**{text}**" if len(own) > 1 and not _above(own[transform], least) else text
 
     return [cell(transform) for transform in KL_TRANSFORMS]
+
+
+def _above(number: Number, least: Number) -> bool:
+    """Whether a number is clearly above the least one."""
+    gap = difference(least, number)
+    return number.mean > least.mean and (gap is None or gap.low > 0)
 
 
 def _measured(trials: Sequence[Trial], intervals: bool = True) -> str:
@@ -180,7 +186,7 @@ def _measured(trials: Sequence[Trial], intervals: bool = True) -> str:
     predictions = sorted({trial.metrics.predictions for trial in trials})
     counts = " and ".join(f"{count:,}" for count in predictions)
     lines = [f"{len(trials)} trials on {' and '.join(machines)}, {counts} predictions each."]
-    lines += [f"{text[0].upper()}{text[1:]}." for text in particular(trials)]
+    lines += [f"Original model {text}." for text in particular(trials)]
     return " ".join([*lines, *([INTERVALS] if intervals and any(trial.windows for trial in trials) else [])])
 
 

@@ -1,15 +1,13 @@
 """How long the paper's experiments are going to take on GPUs: `python -m experiments.benchmarks.hours COSTS`.
 
 From `cost`'s record: seconds of a decoder block, scaled by the weights of a model's linears. What is not measured is
-listed here: the shapes of the paper's models, and about how many tokens its evaluations read and write. What the small
-scale took is in the committed records.
+listed here: the shapes of the paper's models, and about how many tokens its evaluations read and write.
 """
 
 import argparse
-import functools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,10 @@ from experiments.benchmarks.cost import Costs
 from experiments.estimates import linears
 from experiments.identity import is_baseline, text_of
 from experiments.launch import grid
-from experiments.records import Record
 from experiments.store import write_atomically
 from experiments.trial import Trial
 
 README = CONF.parent / "experiments" / "README.md"
-RECORDS = CONF.parent / "plots" / "records"
 BEGIN, END = "<!-- hours: made by python -m experiments.benchmarks.hours -->", "<!-- /hours -->"
 
 
@@ -155,28 +151,11 @@ def table(costs: Costs, experiments: Iterable[str]) -> str:
         trials = trials_of(name, "paper")
         models = ", ".join(dict.fromkeys(f"`{trial.choices['model']}`" for trial in trials))
         total = sum(hours(trial, costs) for trial in trials)
-        small = _small_scale(trials_of(name, "small"))
+        small = len(trials_of(name, "small"))
         command = f"`python run.py -m experiment={name} hydra/launcher=slurm`"
         shown = "under 0.1" if total < 0.1 else f"{total:,.1f}" if total < 10 else f"{total:,.0f}"
-        lines.append(f"| {ITEMS[name]} | {models} | {len(trials)} | {shown} | {small} | {command} |")
+        lines.append(f"| {ITEMS[name]} | {models} | {len(trials)} | {shown} | {small} trials | {command} |")
     return "\n".join(lines)
-
-
-def _small_scale(trials: Sequence[Trial]) -> str:
-    """How many trials, and what they took by the committed records, if all of them are there."""
-    count = f"{len(trials)} trials"
-    records = [record for trial in trials if (record := _records().get(trial.trial_id))]
-    if len(records) < len(trials):
-        return count
-    minutes = sum(stage.seconds for record in records for stage in record.stages.values()) / 60
-    devices = sorted({record.environment["device"].removeprefix("cpu: ") for record in records})
-    return f"{count}, {minutes:,.0f} min on {' and '.join(devices)}"
-
-
-@functools.cache
-def _records() -> dict[str, Record]:
-    """The committed records of all experiments, by trial."""
-    return {path.stem: Record.model_validate_json(path.read_bytes()) for path in RECORDS.glob("*/*.json")}
 
 
 def rewritten(text: str, costs: Costs) -> str:

@@ -4,7 +4,6 @@ import pytest
 
 from experiments.benchmarks import cost, hours
 from experiments.benchmarks.cost import Costs, Quantizing
-from tests.plots.conftest import record
 
 SHAPE = {
     "hidden_size": 64,
@@ -50,7 +49,7 @@ def fixed(**changes: float) -> Costs:
     )  # fmt: skip
 
 
-def test_the_readmes_hours_are_those_of_the_committed_costs_and_records() -> None:
+def test_the_readmes_hours_are_those_of_the_committed_costs() -> None:
     (path,) = (hours.README.parent / "benchmarks" / "results").glob("*h100*.json")
     text = hours.README.read_text(encoding="utf-8")
     assert hours.rewritten(text, Costs.model_validate_json(path.read_bytes())) == text, (
@@ -58,16 +57,6 @@ def test_the_readmes_hours_are_those_of_the_committed_costs_and_records() -> Non
     )
     with pytest.raises(ValueError, match=r"^no <!-- hours"):
         hours.rewritten("no marks", fixed())
-
-
-def test_the_minutes_of_a_small_scale_are_told_where_every_trial_has_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = hours.trials_of("table6", "small")
-    one = record(minutes=4.0, device="cpu: made up")  # of three stages, each half of it
-    known = {trial.trial_id: one for trial in trials}
-    monkeypatch.setattr(hours, "_records", lambda: known)
-    assert hours._small_scale(trials) == "2 trials, 12 min on made up"
-    known.popitem()
-    assert hours._small_scale(trials) == "2 trials"
 
 
 def test_a_trial_takes_its_blocks_times_what_one_took() -> None:

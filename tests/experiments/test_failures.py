@@ -1,6 +1,7 @@
 """Failures by kind: what is tried again, with what, and what the user is told."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,10 @@ def test_out_of_memory_twice_is_a_failure_with_advice(tmp_path: Path, monkeypatc
 
 
 def test_a_numeric_failure_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = wush.Evaluation(perplexity=math.inf, perplexity_original=2.0, kl=1.0, top1=0.5, predictions=62)
-    monkeypatch.setattr("wush.evaluate", lambda *_, **__: found, raising=False)
+    evaluate = wush.evaluate
+    monkeypatch.setattr(
+        "wush.evaluate", lambda *own, **options: replace(evaluate(*own, **options), perplexity=math.inf), raising=False
+    )
     failure, attempts = run(tmp_path)
     assert isinstance(failure, Failure)
     assert (failure.kind, len(attempts.all())) == ("numeric", 1)

@@ -276,10 +276,10 @@ def documents(worker: Worker, config: str, count: int, seed: int = 0) -> list[st
 @pytest.mark.parametrize(
     ("config", "chat"),
     [
-        ("calibration/ultrachat", "[user]Q0?[assistant]A0.[user]And?[assistant]So.[user]Q1?"),
+        ("calibration/ultrachat", "[user]Q0?[assistant]A0.[user]And?[assistant]So."),
         ("evaluation/ultrachat", "[user]Q19?[assistant]A19.[user]And?[assistant]So.[user]Q18?"),
-        ("calibration/tulu3", "[user]Q0?[assistant]A0.[user]And?[assistant]So.[user]Q1?"),
-        ("calibration/open_thoughts", "[system]Think.[user]Q0?[assistant]A0.[user]And?[assistant]So.[system]Think."),
+        ("calibration/tulu3", "[user]Q0?[assistant]A0.[user]And?[assistant]So."),
+        ("calibration/open_thoughts", "[system]Think.[user]Q0?[assistant]A0.[user]And?[assistant]So."),
         ("calibration/open_platypus", "[user]Q0?[assistant]A0."),
     ],
 )
