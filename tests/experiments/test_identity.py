@@ -126,6 +126,11 @@ def test_what_is_written_otherwise_and_means_the_same_is_one_trial() -> None:
     ]
     for one, other in same:
         assert trial_id(config(one)) == trial_id(config(other)), one
+    buffers = ("calibration.buffer=1000", "calibration.buffer=500")
+    shuffled, streamed = (
+        [trial_id(config(f"calibration={name}", one)) for one in buffers] for name in ("c4", "fineweb_edu")
+    )
+    assert len(set(shuffled)) == 1 < len(set(streamed))
     of_tasks = [
         (tasks,),
         ("evaluation.tasks=[{task: embedded_arithmetic}]",),
