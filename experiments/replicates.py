@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.records import Outcome, Result, State
-
-SEEDS = ("seed", "seeds", "signs")  # seeds: of sampled answers; signs: of eigenvectors, drawn instead of fixed
+from experiments.records import SEEDS, Outcome, Result, State
 
 
 def is_seed(key: str) -> bool:

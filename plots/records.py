@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Layer, Metrics, Record, Stage, Task, Windows
-from experiments.replicates import SEEDS
+from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, SEEDS, Layer, Metrics, Record, Stage, Task, Windows
 from wush.version import METHOD_VERSION
 
 COMMITTED = Path(__file__).parent / "records"
