@@ -100,8 +100,8 @@ class Identities:
         if isinstance(sha256, ValueError):
             raise sha256.with_traceback(None)
         own = {key: value for key, value in node.items() if key not in NEUTRAL_OF_TEXT}
-        if sha256 is None:
-            return own
+        if sha256 is None:  # of a dataset; only a stream is read through a buffer
+            return own if own["read"] == "streamed" else own | {"buffer": None}
         chooses = node["windows"] is not None  # of all its windows, in order, no seed chooses any
         unused = ("path",) if chooses else ("path", "seed")
         return {**{key: value for key, value in own.items() if key not in unused}, "sha256": sha256}
@@ -152,8 +152,9 @@ def _relevant(key: str, value: Any, refits: bool) -> Any:
         return {name: own for name, own in value.items() if name not in NEUTRAL_OF_TEXT}
     if key == "quantize":
         return value | {name: _set(value[name]) for name in ("blocks", "exclude") if value.get(name)}
-    without = ("refit",) if key == "transform" and not refits else ()
-    return {name: own for name, own in value.items() if name not in without} if without else value
+    if key == "transform" and not refits:
+        value = {name: own for name, own in value.items() if name != "refit"}
+    return _whole(value)
 
 
 def is_baseline(config: dict[str, Any]) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION: Final = 5
 READABLE_VERSIONS: Final = (4, SCHEMA_VERSION)  # what `Record` reads; those of before are converted
+# Keys of a config by which runs of one setting differ: `seeds` of sampled answers, `signs` of eigenvectors, drawn.
+SEEDS = ("seed", "seeds", "signs")
 
 
 class _Model(BaseModel):

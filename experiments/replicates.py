@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.records import Outcome, Result, State
-
-SEEDS = ("seed", "seeds", "signs")  # seeds: of sampled answers; signs: of eigenvectors, drawn instead of fixed
+from experiments.records import SEEDS, Outcome, Result, State
 
 
 def is_seed(key: str) -> bool:
@@ -69,7 +67,8 @@ def replicates(outcomes: Sequence[Outcome]) -> list[Replicates]:
     for outcome in outcomes:
         key: object = outcome.trial_id
         if outcome.result and any(map(is_seed, outcome.labels)):
-            labels = tuple(sorted(pair for pair in outcome.labels.items() if not is_seed(pair[0])))
+            # Without a seed nothing is drawn: canonical signs, evenly spaced windows. That is no draw of one setting.
+            labels = tuple(sorted(pair for pair in outcome.labels.items() if not is_seed(pair[0]) or pair[1] == "None"))
             key = labels, outcome.result.evaluated, outcome.result.method_version
         found.setdefault(key, []).append(outcome)
     return [Replicates(tuple(members)) for members in found.values()]

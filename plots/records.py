@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, Layer, Metrics, Record, Stage, Task, Windows
+from experiments.records import READABLE_VERSIONS, SCHEMA_VERSION, SEEDS, Layer, Metrics, Record, Stage, Task, Windows
 from wush.version import METHOD_VERSION
 
 COMMITTED = Path(__file__).parent / "records"
@@ -27,7 +27,6 @@ PARTS = ("model", "format", "transform", "algorithm", "calibration", "evaluation
 BASELINE = "original"
 BASELINES = (BASELINE, "bf16")  # and what old records and the paper call it
 NEUTRAL = ("batch_size", "layer_loss")  # keys of a config that change no result
-SEEDS = ("seed", "seeds", "signs")  # keys by which runs of one setting differ
 RULES = {"mxfp4": "paper", "nvfp4": "fixed", "int4": "rms", "mxfp8": "ocp"}  # of a format that is named alone
 NAMED = 3  # files that a note names; of more it gives the number
 LOSSES = ("mse", "relative", "even", "paper_fp", "paper_int", "bound")

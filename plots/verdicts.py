@@ -29,8 +29,9 @@ RULES = """\
 An ordering of two methods is the paper's where the published gap is larger than the root sum of squares of the stated
 standard deviations (any gap, where none is stated) and all published models with such a gap agree. Ours holds or is
 reversed where the 95% interval of the difference excludes 0, and is undecided else. The interval is that of pairs
-where both methods have them: of the same seeds (Student's t), of the same evaluated windows (bootstrap), of the same
-documents of a task (bootstrap; averages of tasks by their intervals); else that of two independent numbers. Where
+where both methods have them: of the same seeds (Student's t), of the same evaluated windows (bootstrap, or Student's t
+of under 30), of the same documents of a task (Agresti and Min's of right and wrong answers, else bootstrap; averages
+of tasks by their intervals); else that of two independent numbers. Where
 nothing was kept that tells an interval, an ordering is undecided; but layer losses of single trials are what they are
 for their tokens, and any gap counts. Reproduced with the same ordering: some hold, none is reversed. In part: more
 hold than are reversed. Contradicted: at least as many are reversed. Not yet: none is decided. Of 20 orderings in

@@ -158,17 +158,25 @@ def table(costs: Costs, experiments: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def rewritten(text: str, costs: Costs) -> str:
+    """The text with the table between its marks made anew; raises `ValueError` for one without marks."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n\n{table(costs, ITEMS)}\n\n{END}{after}"
+
+
 def main() -> int:
     """Write the table into experiments/README.md, between its marks."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.hours", description=__doc__)
     parser.add_argument("costs", type=Path, metavar="COSTS", help="a record of experiments.benchmarks.cost")
     arguments = parser.parse_args()
     costs = Costs.model_validate(json.loads(arguments.costs.read_bytes()))
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        parser.error(f"{README} has no {BEGIN} … {END}")
-    write_atomically(README, f"{before}{BEGIN}\n\n{table(costs, ITEMS)}\n\n{END}{after}")
+    try:
+        write_atomically(README, rewritten(README.read_text(encoding="utf-8"), costs))
+    except ValueError as error:
+        parser.error(f"{README}: {error}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Committed records: which there are, how they are remade, and when a fresh one is no more the same."""
 
+import functools
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 
 from experiments import committed
-from experiments.benchmarks.hours import trials_of
+from experiments.benchmarks import hours
 from experiments.committed import SWEEPS, differences
 from experiments.records import Record, Windows
 from tests.experiments.conftest import ROOT
 from tests.plots.conftest import answered, record
+from wush.version import METHOD_VERSION
 
+trials_of = functools.cache(hours.trials_of)
 KLS = [0.1, 0.2, 0.3, 0.4]
 
 
@@ -44,6 +47,29 @@ def test_missing_and_stale_records_are_named() -> None:
     assert list(differences({"old": one, "both": one}, {"both": one, "new": one})) == [
         "new: missing", "old: stale, of no trial that is run today",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", committed.EXPERIMENTS)
+def test_committed_records_are_those_of_the_trials_that_are_run_today(name: str) -> None:
+    kept = {path.stem for path in committed.folder_of(name).glob("*.json")}
+    assert kept == {trial.trial_id for trial in trials_of(name, "small")}, f"run make records ARGS={name}"
+
+
+def test_committed_records_are_of_this_version_of_the_method() -> None:
+    paths = [*committed.PLOTS.glob("records/*/*.json"), *committed.PLOTS.glob("asides/*/*.json")]
+    versions = {str(path): Record.model_validate_json(path.read_bytes()).method_version for path in paths}
+    assert len(paths) > 100
+    assert not [path for path, version in versions.items() if version != METHOD_VERSION]
+
+
+def test_losses_are_compared_in_the_first_quantized_block() -> None:
+    def losses(first: float, second: float) -> Record:
+        return record(mse={3: first, 4: second})
+
+    assert not list(differences({"a": losses(0.1, 0.1)}, {"a": losses(0.101, 0.2)}))
+    found = list(differences({"a": losses(0.1, 0.1)}, {"a": losses(0.11, 0.1)}))
+    assert found
+    assert all(one.startswith("a: loss of ") for one in found)
 
 
 def test_tasks_are_compared_by_their_documents() -> None:

@@ -49,6 +49,16 @@ def fixed(**changes: float) -> Costs:
     )  # fmt: skip
 
 
+def test_the_readmes_hours_are_those_of_the_committed_costs() -> None:
+    (path,) = (hours.README.parent / "benchmarks" / "results").glob("*h100*.json")
+    text = hours.README.read_text(encoding="utf-8")
+    assert hours.rewritten(text, Costs.model_validate_json(path.read_bytes())) == text, (
+        f"run python -m experiments.benchmarks.hours {path}"
+    )
+    with pytest.raises(ValueError, match=r"^no <!-- hours"):
+        hours.rewritten("no marks", fixed())
+
+
 def test_a_trial_takes_its_blocks_times_what_one_took() -> None:
     (trial,) = (t for t in hours.trials_of("table6", "paper") if t.choices["model"] == "llama3_1_8b_instruct")
     assert hours.hours(trial, fixed()) == pytest.approx(32 * 3.6 / 3600)

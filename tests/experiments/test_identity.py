@@ -121,9 +121,16 @@ def test_what_is_written_otherwise_and_means_the_same_is_one_trial() -> None:
         ("quantize.blocks=[1,0]", "quantize.blocks=[0,1,1]"),
         ("quantize.exclude=[a,b]", "quantize.exclude=[b,a,b]"),
         ("transform.refit=true", "transform.refit=false"),
+        ("transform.power=1", "transform.power=1.0"),
+        ("transform.power=0", "transform.power=0.0"),
     ]
     for one, other in same:
         assert trial_id(config(one)) == trial_id(config(other)), one
+    buffers = ("calibration.buffer=1000", "calibration.buffer=500")
+    shuffled, streamed = (
+        [trial_id(config(f"calibration={name}", one)) for one in buffers] for name in ("c4", "fineweb_edu")
+    )
+    assert len(set(shuffled)) == 1 < len(set(streamed))
     of_tasks = [
         (tasks,),
         ("evaluation.tasks=[{task: embedded_arithmetic}]",),

@@ -395,6 +395,13 @@ def test_every_key_that_only_draws_again_is_a_seed(key: str) -> None:
     assert len(tabulate(others).rows) == 3
 
 
+def test_what_is_chosen_without_a_seed_is_no_draw_of_the_sampled() -> None:
+    signs = ("None", "0", "1", "2")
+    outcomes = [quantized("mxfp4", "wush", 19.0, 0.3, 0.1, **{"transform.signs": one}) for one in signs]
+    table = tabulate(outcomes)
+    assert [row[table.columns.index("seeds")] for row in table.rows] == ["seed None", "3"]
+
+
 def test_a_seed_that_is_not_done_keeps_its_own_row() -> None:
     first, second, third = seeds_of("h", 0.62, 0.6, 0.64)
     waiting = replace(third, result=None)

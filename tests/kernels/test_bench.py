@@ -438,6 +438,17 @@ def test_a_readme_takes_the_table_between_its_marks(tmp_path: Path) -> None:
     assert command.main(["table", str(path), "--output", str(readme)]) == 2
 
 
+def test_the_readmes_table_is_that_of_the_committed_record() -> None:
+    (path,) = record.RESULTS.glob("*.json")
+    _, begun, rest = (record.CHECKOUT / "kernels" / "README.md").read_text().partition("<!-- results -->\n")
+    table, closed, _ = rest.partition("<!-- /results -->")
+    assert begun
+    assert closed
+    assert table == report.markdown(record.load(path)), (
+        f"run python -m wush_kernels.bench table {path} --output kernels/README.md"
+    )
+
+
 def test_the_readme_says_what_is_chosen() -> None:
     lines = (record.CHECKOUT / "kernels" / "README.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]

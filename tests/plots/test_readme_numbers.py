@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import plots.__main__ as command
-from plots import readme, speeds
+from plots import asides, readme, speeds
 from plots.readme import BLOCKS, WrongBlock, rewritten
 from plots.records import Records, load
 from plots.reference import Unreadable
@@ -90,6 +90,20 @@ def test_a_number_is_rounded_once_and_what_was_not_run_is_said(records: Records)
     made = rewritten(text("kl"), records)
     assert "| mxfp4 | rtn | 0.988 | **0.100** | 0.500 | not run | **0.100** |" in made
     assert "| mxfp4 | gptq | not run | not run | not run | not run | 0.235 |" in made
+
+
+def test_each_folder_of_the_main_job_is_a_column_also_of_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asides, "FOLDER", tmp_path)
+    for name, kl in (("main", 0.25), ("main_again", 0.5)):
+        (tmp_path / name).mkdir()
+        one = record(kl=kl)
+        one.environment["cores"] = 2
+        (tmp_path / name / "one.json").write_text(one.model_dump_json())
+    head, _, row = asides.machines().splitlines()
+    assert head == "| format | transform | made up, 2 cores | made up, 2 cores |"
+    assert row == "| mxfp4 | wush | 0.2500 | 0.5000 |"
 
 
 def test_what_make_bench_measured_is_a_table_with_its_machine(records: Records, tmp_path: Path) -> None:
