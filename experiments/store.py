@@ -148,7 +148,9 @@ class ResultStore:
 
     def ids(self, prefix: str = "") -> list[str]:
         """Trials, finished or not, whose id begins with `prefix`."""
-        return sorted(path.name for path in (self.root / "trials").glob(f"{prefix}*") if path.is_dir())
+        return sorted(
+            path.name for path in (self.root / "trials").glob("*") if path.is_dir() and path.name.startswith(prefix)
+        )
 
     def table(self, trial_ids: Iterable[str]) -> list[dict[str, Any]]:
         """The finished ones of the trials as flat rows (`metrics.kl`, `choices.model`, ...), in the order given."""

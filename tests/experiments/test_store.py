@@ -363,3 +363,8 @@ def test_the_original_model_of_old_records_has_its_present_name_one_by_one_and_i
     assert read.choices == {"model": "tiny_llama", "format": "original"}
     monkeypatch.setattr(ResultStore, "record", None)
     assert store.results(["a1"])["a1"].choices == read.choices
+
+
+@pytest.mark.parametrize(("prefix", "count"), [("", 2), ("a", 1), ("/tmp", 0), ("*", 0), ("../", 0)])
+def test_the_beginning_of_an_id_is_no_pattern_and_no_path(prefix: str, count: int, tmp_path: Path) -> None:
+    assert len(stored(tmp_path, record("aa"), record("bb")).ids(prefix)) == count
