@@ -179,7 +179,7 @@ def _report(values: dict[str, Any]) -> "wush.BlockReport":
     import wush
 
     def layer(own: dict[str, Any]) -> wush.LayerReport:
-        lost = None if own["lost"] is None else wush.Lost(**own["lost"])
-        return wush.LayerReport(**own | {"shared_input": tuple(own["shared_input"]), "lost": lost})
+        lost = {key: own[key] and wush.Lost(**own[key]) for key in ("lost", "weight_lost")}
+        return wush.LayerReport(**own | {"shared_input": tuple(own["shared_input"]), **lost})
 
     return wush.BlockReport(**values | {"layers": tuple(map(layer, values["layers"]))})

@@ -211,7 +211,8 @@ class Record(_Model):
     took so many, and `restored_blocks` decoder blocks come from an earlier one. `kernels`: what quantized layers ran on
     and why, and the names of those that did, numbers merged to ranges. `method_version`: of the program that made the
     numbers. `model_note`: what is particular about the original's weights. `windows`: the metrics' sums by window; None
-    in records that did not keep them. `lost`: by text, the linears whose format lost groups of their input.
+    in records that did not keep them. `lost`: by text, the linears whose format lost groups of their input; under
+    `weights`, of their weight.
     """
 
     schema_version: Literal[5] = SCHEMA_VERSION

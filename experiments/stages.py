@@ -151,7 +151,8 @@ class Stages:
                 settings=backends.Settings(config["kernels"], config["keep_operands"]),
             )
         found.bits_per_weight, found.quantized_share = report.bits_per_weight, report.quantized_share
-        found.skipped, found.lost["calibration"] = report.skipped, _lost(report.lost)
+        found.skipped = report.skipped
+        found.lost |= {"calibration": _lost(report.lost), "weights": _lost(report.weight_lost)}
         if restored:
             log.info("%d of %d decoder blocks restored from an earlier attempt", len(restored), len(found.blocks))
             seconds = {block.index: block.seconds for block in found.blocks}
@@ -249,7 +250,7 @@ def _block(report: wush.BlockReport) -> Block:
     values = asdict(report)
     error = BlockError(mse=values.pop("mse"), relative=values.pop("relative_mse"))
     for layer in values["layers"]:
-        del layer["lost"]
+        del layer["lost"], layer["weight_lost"]
     return Block.model_validate(values | {"calibration": error})
 
 

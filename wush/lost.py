@@ -1,8 +1,8 @@
-"""What a format's window loses of the inputs of quantized layers: it is counted, and said.
+"""What a format's window loses of the inputs and weights of quantized layers: it is counted, and said.
 
 A format whose groups have a scale of few bits and one global scale for all (NVFP4) holds magnitudes within a fixed
 window: of a group above it the largest values are cut, a group below it becomes zero.
-Shape legend: `M` tokens, `I` input features, `N` groups, `G` group size.
+Shape legend: `O` output features, `M` tokens, `I` input features, `N` groups, `G` group size.
 """
 
 import logging
@@ -18,6 +18,7 @@ from wush.calls import input_of
 from wush.formats import Format
 from wush.linear import QuantLinear
 from wush.operands import transformed
+from wush.transforms import inverse
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ NAMED = 3  # layers that a warning names
 
 @dataclass(frozen=True)
 class Lost:
-    """Groups of a layer's input after its transform: all, those with values cut, those that became zero."""
+    """Groups of a layer's input or weight in its coordinates: all, those with values cut, those that became zero."""
 
     groups: int
     clipped: int
@@ -87,15 +88,30 @@ def counting(module: nn.Module) -> Iterator[Count]:
             handle.remove()
 
 
-def warn(lost: Mapping[str, Lost], fmt: Format, text: str = "evaluated") -> None:
-    """One warning for all layers that lost groups on a text, which names the worst and says what to do."""
+def lost_of_weight(weight_oi: Tensor, layer: QuantLinear) -> Lost | None:
+    """What the window loses of the weight `(O, I)` that a layer was made of, if anything; waits for the device.
+
+    It is the weight `W_b T_b^-1`, without what GPTQ moves onto it from other columns.
+    """
+    window = layer.format.window(layer.global_scale)
+    if window is None or layer.format.calibrates_inputs:  # where `g` is fitted to each weight's largest value
+        return None
+    # A row of `W_b T_b^-1` is `T_b^-T` times that of `W_b`, as an input is `T_b` times its own.
+    back = None if layer.transform is None else inverse(layer.transform, layer.name).mT.float()
+    lost = Lost(*_counts(weight_oi.float(), back, layer.format, window).tolist())
+    return lost if lost.clipped or lost.flushed else None
+
+
+def warn(lost: Mapping[str, Lost], fmt: Format, text: str | None = "evaluated") -> None:
+    """One warning for all layers that lost groups on a text, or of their weights, which names the worst and a remedy."""
     if not lost:
         return
     worst = sorted(lost, key=lambda name: lost[name].share, reverse=True)[:NAMED]
     told = "; ".join(f"{name}: {lost[name]}" for name in worst)
+    side, where = ("weights", "") if text is None else ("inputs", f" on the {text} text")
     log.warning(
-        "%s: inputs of %d layers leave the format's window on the %s text, %s; %s",
-        *(fmt.name, len(lost), text, told, fmt.window_remedy),
+        "%s: %s of %d layers leave the format's window%s, %s; %s",
+        *(fmt.name, side, len(lost), where, told, fmt.window_remedy),
     )
 
 

@@ -16,7 +16,8 @@ class LayerReport:
     """One quantized linear: its name within the block, the linears it shared its input with, and its storage.
 
     A transform that linears share is counted once, each linear having its part of it by its number of weights.
-    `lost`: what the format's window lost of its inputs on the calibration tokens, if anything.
+    `lost`: what the format's window lost of its inputs on the calibration tokens, if anything, and `weight_lost` of
+    its weight.
     """
 
     name: str
@@ -24,6 +25,7 @@ class LayerReport:
     bits_per_weight: float
     weights: int
     lost: Lost | None = None
+    weight_lost: Lost | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ class QuantizationReport:
     def lost(self) -> dict[str, Lost]:
         """Of the layers, by full name, that lost groups of their inputs on the calibration tokens."""
         return {f"{block.name}.{one.name}": one.lost for block in self.blocks for one in block.layers if one.lost}
+
+    @property
+    def weight_lost(self) -> dict[str, Lost]:
+        """Of the layers, by full name, that lost groups of their weights."""
+        return {
+            f"{block.name}.{one.name}": one.weight_lost
+            for block in self.blocks
+            for one in block.layers
+            if one.weight_lost
+        }
 
 
 class SavedBlocks(Protocol):

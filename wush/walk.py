@@ -27,7 +27,7 @@ from wush.errors import NumericError, UnsupportedModelError
 from wush.formats import Format
 from wush.linear import QuantLinear
 from wush.losses import share
-from wush.lost import counting, warn
+from wush.lost import counting, lost_of_weight, warn
 from wush.modes import in_evaluation_mode
 from wush.moments import SecondMoment
 from wush.operands import transformed
@@ -116,6 +116,7 @@ def quantize(
             on_block(done)
     if not any(block.layers for block in report.blocks):
         raise UnsupportedModelError(f"{type(model).__name__}: its forward runs none of the linears to quantize")
+    warn(report.weight_lost, format, None)
     warn(report.lost, format, "calibration")
     return model
 
@@ -271,7 +272,8 @@ def _quantize_layers(
             block.set_submodule(linear, layer)
             size = originals[linear].weight.numel()
             bits = _bits_per_weight(layer, size, together if work.transform.share else size)
-            layers.append(LayerReport(linear, tuple(group.names), bits, size))
+            lost = lost_of_weight(originals[linear].weight, layer)
+            layers.append(LayerReport(linear, tuple(group.names), bits, size, weight_lost=lost))
     _join(block, {tuple(group.names) for group in groups}, work.transform)
     return layers
 

@@ -13,9 +13,9 @@ from tests.wush.test_backends import layer
 from tests.wush.test_walk import Kept, quantize, tiny, tokens
 from wush.decoder import linear_inputs
 from wush.formats import INPUT_MARGIN, Nvfp4
-from wush.lost import Count, counting
+from wush.lost import Count, counting, lost_of_weight
 from wush.operands import transformed
-from wush.transforms import Transform
+from wush.transforms import Transform, transform_weight
 
 CALIBRATED = wush.Nvfp4("calibrated")
 TRANSFORMS: list[Transform] = [wush.Identity(), wush.Hadamard(), wush.Wush(), wush.Wush(share=True)]
@@ -276,3 +276,48 @@ def test_inputs_that_are_all_zero_have_a_scale_too(generator: torch.Generator) -
     quantize(model, tokens(generator), CALIBRATED, transform=wush.Identity())
     assert model.model.layers[1].self_attn.q_proj.input_scale == 0.1
     assert model(input_ids=tokens(generator)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda one: f"{one.name}{'-shared' if one.share else ''}")
+def test_groups_of_a_weight_are_counted_by_what_becomes_of_them(
+    transform: Transform, generator: torch.Generator
+) -> None:
+    """They are those of `W T^-1`, as the window finds them before it is rounded."""
+    weight = of_spread(generator).flatten(0, 1)
+    moment = wush.SecondMoment(96)
+    moment.add(torch.randn(64, 96, generator=generator))
+    quantized = wush.Rtn().quantize_weight(weight, moment, transform, wush.NVFP4)
+    found = lost_of_weight(weight, wush.QuantLinear(quantized, wush.NVFP4))
+    assert found is not None
+    values = weight if quantized.transform is None else transform_weight(weight, quantized.transform).float()
+    groups = values.unflatten(-1, (-1, 16))
+    rounded = wush.NVFP4.dequantize(quantized.quantized).unflatten(-1, (-1, 16))
+    flushed = ((rounded == 0).all(-1) & (groups != 0).any(-1)).sum().item()
+    clipped = (groups.abs() > 6 * 448 * 0.1).any(-1).sum().item()
+    assert (found.groups, found.clipped, found.flushed) == (14 * 6, clipped, flushed)
+    assert clipped + flushed > 0
+
+
+def test_weights_outside_the_window_are_reported_and_warned_of(
+    generator: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight *= 1e-4
+        model.model.layers[1].mlp.up_proj.weight *= 1e4
+    with caplog.at_level(logging.WARNING, "wush"):
+        lost = quantize(model, tokens(generator), wush.NVFP4, transform=wush.Identity()).weight_lost
+    assert set(lost) == {"model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj"}
+    assert lost["model.layers.0.mlp.gate_proj"].flushed > 0
+    assert lost["model.layers.1.mlp.up_proj"].clipped > 0
+    (said,) = [record.getMessage() for record in caplog.records if "weights of" in record.getMessage()]
+    assert said.startswith("nvfp4: weights of 2 layers leave the format's window, model.layers.")
+    assert "format.scale_rule=calibrated" in said
+
+
+def test_a_calibrated_scale_or_another_format_loses_no_weight_of_such_sizes(generator: torch.Generator) -> None:
+    for fmt in (CALIBRATED, wush.MXFP4):
+        model = tiny("llama")
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight *= 1e4
+        assert quantize(model, tokens(generator), fmt, transform=wush.Identity()).weight_lost == {}
