@@ -103,7 +103,7 @@ def lost_of_weight(weight_oi: Tensor, layer: QuantLinear) -> Lost | None:
 
 
 def warn(lost: Mapping[str, Lost], fmt: Format, text: str | None = "evaluated") -> None:
-    """One warning for all layers that lost groups on a text, or of their weights, which names the worst and a remedy."""
+    """One warning for all layers that lost groups on a text, or of their weights; it names the worst and a remedy."""
     if not lost:
         return
     worst = sorted(lost, key=lambda name: lost[name].share, reverse=True)[:NAMED]
