@@ -44,6 +44,9 @@ class Algorithm(ABC):
     name: ClassVar[str]
     needs_whole_moment: ClassVar[bool]
 
+    def check(self, fmt: Format) -> None:  # noqa: B027 - most are defined for every format
+        """Raise `ValueError` for a format that the algorithm is not defined for."""
+
     @abstractmethod
     def quantize_group(
         self, weights: Sequence[Tensor], moment: SecondMoment, transform: Transform, fmt: Format, names: Sequence[str]

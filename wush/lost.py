@@ -94,7 +94,8 @@ def lost_of_weight(weight_oi: Tensor, layer: QuantLinear) -> Lost | None:
     It is the weight `W_b T_b^-1`, without what GPTQ moves onto it from other columns.
     """
     window = layer.format.window(layer.global_scale)
-    if window is None or layer.format.calibrates_inputs:  # where `g` is fitted to each weight's largest value
+    fitted = layer.global_scale != layer.format.global_scale  # a weight's own `g` reaches its largest value
+    if window is None or fitted:
         return None
     # A row of `W_b T_b^-1` is `T_b^-T` times that of `W_b`, as an input is `T_b` times its own.
     back = None if layer.transform is None else inverse(layer.transform, layer.name).mT.float()

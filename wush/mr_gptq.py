@@ -43,10 +43,14 @@ class MrGptq(Algorithm):
     name: ClassVar[str] = "mr_gptq"
     needs_whole_moment: ClassVar[bool] = True
 
+    def check(self, fmt: Format) -> None:
+        if not isinstance(fmt, (Mxfp4, Nvfp4)):
+            raise ValueError(f"mr_gptq is defined for mxfp4 and nvfp4, not for {fmt.name}; use algorithm=gptq")
+
     def quantize_group(
         self, weights: Sequence[Tensor], moment: SecondMoment, transform: Transform, fmt: Format, names: Sequence[str]
     ) -> list[QuantizedWeight]:
-        check_format(fmt)
+        self.check(fmt)
         fmt = replace(fmt, scale_rule="calibrated") if isinstance(fmt, Nvfp4) else fmt
         fitted = fit_transforms(weights, moment.inputs(fmt.group_size), transform, names)
         owners = names if len(fitted) == len(names) else [", ".join(names)]
@@ -71,12 +75,6 @@ class MrGptq(Algorithm):
         if self.scale_search:
             amax_n = amax_n * best_factors(x_ng, amax_n, fmt)
         return fmt.group_scales(x_ng, amax_n, global_scale)
-
-
-def check_format(fmt: Format) -> None:
-    """Raise `ValueError` for a format that MR-GPTQ is not defined for."""
-    if not isinstance(fmt, (Mxfp4, Nvfp4)):
-        raise ValueError(f"mr_gptq is defined for mxfp4 and nvfp4, not for {fmt.name}; use algorithm=gptq")
 
 
 def best_factors(x_ng: Tensor, amax_n: Tensor, fmt: Format) -> Tensor:

@@ -90,13 +90,14 @@ def quantize(
     block as it is done, and `on_block` called. Blocks that `saved` has are restored, and each new one is given to it:
     the result is the same, bit for bit. `settings`: what quantized layers may run on. The model is in evaluation mode
     meanwhile, and refuses to be saved as another afterwards. Linears that do something else besides stay as they are.
-    Raises, before any work, `ValueError` for a layer that does not fit the format, a pattern that excludes nothing, a
-    block that is not there, or tokens that the model cannot take; `UnsupportedModelError` for a model that is no plain
+    Raises, before any work, `ValueError` for a layer or an algorithm that does not fit the format, a pattern that
+    excludes nothing, a block that is not there, or tokens that the model cannot take; `UnsupportedModelError` for a model that is no plain
     one in memory or whose blocks are no row that each token passes once; `NumericError` that names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ValueError("the model is quantized already; load the original again")
+    algorithm.check(format)
     report = QuantizationReport() if report is None else report
     surveyed = survey(model, format, exclude, blocks, report)
     blocks_name, decoder_blocks, chosen = surveyed.name, surveyed.blocks, surveyed.chosen

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import wush
 from tests.wush.test_algorithms import assert_same, correlated, group, moment_of, proxy_loss, values
+from tests.wush.test_walk import tiny, tokens
 from wush.formats import Format
 from wush.moments import damp
 from wush.mr_gptq import FACTORS, best_factors
@@ -208,3 +209,18 @@ def test_a_gpu_gives_the_same_codes(fmt: Format, generator: torch.Generator) -> 
     theirs = wush.MrGptq().quantize_group([w.cuda() for w in weights], on_gpu, wush.Hadamard(), fmt, names)
     for own, other in zip(ours, theirs, strict=True):
         assert (own.quantized.codes != other.quantized.codes.cpu()).double().mean() < 1e-3
+
+
+def test_a_format_it_is_not_defined_for_is_refused_before_a_model_is_touched() -> None:
+    model = tiny("llama")
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match="mr_gptq is defined for mxfp4 and nvfp4, not for int4; use algorithm=gptq"):
+        wush.quantize(model, [], format=wush.INT4, transform=wush.Hadamard(), algorithm=wush.MrGptq())
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_global_scale_of_its_own_loses_none_of_its_weight(generator: torch.Generator) -> None:
+    report = wush.QuantizationReport()
+    options = {"format": wush.NVFP4, "transform": wush.Hadamard(), "algorithm": wush.MrGptq(), "report": report}
+    wush.quantize(tiny("llama"), tokens(generator).split(2), **options)
+    assert report.weight_lost == {}
