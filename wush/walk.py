@@ -91,8 +91,9 @@ def quantize(
     the result is the same, bit for bit. `settings`: what quantized layers may run on. The model is in evaluation mode
     meanwhile, and refuses to be saved as another afterwards. Linears that do something else besides stay as they are.
     Raises, before any work, `ValueError` for a layer or an algorithm that does not fit the format, a pattern that
-    excludes nothing, a block that is not there, or tokens that the model cannot take; `UnsupportedModelError` for a model that is no plain
-    one in memory or whose blocks are no row that each token passes once; `NumericError` that names the layer.
+    excludes nothing, a block that is not there, or tokens that the model cannot take; `UnsupportedModelError` for a
+    model that is no plain one in memory or whose blocks are no row that each token passes once; `NumericError` that
+    names the layer.
     """
     progress = progress or Silent()
     if any(isinstance(module, QuantLinear) for module in model.modules()):
