@@ -9,8 +9,8 @@ from plots.style import Absent
 from wush_kernels.bench.measurement import BF16, Measurement
 from wush_kernels.bench.record import RESULTS, Record
 
-PROMISES = Path(__file__).parents[1] / "experiments" / "benchmarks" / "results" / "promises.json"
-MAKE = "make bench ARGS='--output experiments/benchmarks/results/promises.json'"
+PROMISES = Path(__file__).parents[1] / "experiments" / "benchmarks" / "promises.json"
+MAKE = "make bench ARGS='--output experiments/benchmarks/promises.json'"
 BLOCK, ONCE, REFITTED = "decoder block", "GPTQ + WUSH", "refit"
 NOT_MEASURED = "not measured"
 
