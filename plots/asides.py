@@ -3,7 +3,7 @@
 Two trials that differ in a choice are paired by their sampled signs; the interval is Student's t of the differences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -19,13 +19,14 @@ CHOICES = {"share": ("share", False, True), "refit": ("refit", True, False)}
 
 def choices() -> str:
     """What each choice changes in KL, a line a choice and format."""
-    rows = [row for folder in CHOICES for row in _choice(folder)]
+    trials = {folder: [trial for trial in _records(FOLDER / folder).trials if not trial.old] for folder in CHOICES}
+    rows = [row for folder, own in trials.items() for row in _choice(folder, own)]
     head = "| choice | algorithm | format | KL without | KL with | difference | bits |"
     lines = [head, "|---|---|---|---:|---:|---:|---:|", *(f"| {' | '.join(row)} |" for row in rows)]
-    trials = [trial for folder in CHOICES for trial in _records(FOLDER / folder).trials]
-    where = " and ".join(sorted({trial.device.removeprefix("cpu: ") for trial in trials}))
+    every = [trial for own in trials.values() for trial in own]
+    where = " and ".join(sorted({trial.device.removeprefix("cpu: ") for trial in every}))
     told = (
-        f"{len(trials)} trials on {where}. ±: the 95% interval of the mean of differences paired by signs, Student's t."
+        f"{len(every)} trials on {where}. ±: the 95% interval of the mean of differences paired by signs, Student's t."
     )
     return "\n".join([*lines, "", told])
 
@@ -42,9 +43,8 @@ def machines() -> str:
     return "\n".join(lines)
 
 
-def _choice(folder: str) -> Iterator[tuple[str, ...]]:
+def _choice(folder: str, trials: Sequence[Trial]) -> Iterator[tuple[str, ...]]:
     key, without, chosen = CHOICES[folder]
-    trials = [trial for trial in _records(FOLDER / folder).trials if not trial.old]
     for fmt in sorted({trial.format for trial in trials}):
         sides = [
             {trial.draw: trial for trial in trials if trial.format == fmt and trial.settings["transform"][key] is which}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from plots import asides
+from plots import asides, records
 from plots.style import Absent
 
 COMMITTED = asides.FOLDER
@@ -66,3 +66,8 @@ def test_what_is_not_there_is_told_with_the_command(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(asides, "FOLDER", tmp_path)
     with pytest.raises(Absent, match="make records"):
         asides.choices()
+
+
+def test_no_committed_record_names_a_folder_of_the_machine_that_made_it() -> None:
+    for path in (*COMMITTED.rglob("*.json"), *records.COMMITTED.rglob("*.json")):
+        assert json.loads(path.read_text())["config"]["results"] == "results", path
